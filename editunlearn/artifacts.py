@@ -1,0 +1,115 @@
+"""Writing files so that a killed run leaves either the old file or the new one, never half of one.
+
+Everything is written to a temporary name in the same folder (a rename is atomic only within one file system)
+and renamed when complete. No torch here: any room may use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 20
+
+
+def temporary_name(path: Path) -> Path:
+    """A fresh hidden name beside ``path`` for its unfinished content."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path to write a file to; renames it to ``path`` when the block ends without an
+    error.
+
+    Missing parent folders are made. After an exception the temporary file is removed and ``path`` is as it
+    was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes ``data`` to ``path``; a reader sees the old content or all of the new."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Like `atomic_write_bytes`, for text: UTF-8, line ends as given."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON for people to read: indented, UTF-8, a final newline.
+
+    Raises:
+        ValueError: a number is not finite; JSON has no way to write it.
+    """
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """Like `atomic_write_bytes`, for a JSON-able value (see `json_bytes`)."""
+    atomic_write_bytes(path, json_bytes(value))
+
+
+@contextmanager
+def atomic_dir(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill; it becomes ``path``, replacing what was there, when the block ends
+    well.
+
+    A folder that is not empty cannot be replaced in one step, so the old one is moved aside first. A process
+    killed between the two renames leaves it beside the target as ``.NAME.previous``; the next call puts it
+    back.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    previous = path.with_name(f".{path.name}.previous")
+    if previous.is_dir() and not path.exists():
+        os.replace(previous, path)
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        shutil.rmtree(previous, ignore_errors=True)
+        if path.exists():
+            os.replace(path, previous)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if previous.exists():
+                os.replace(previous, path)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content is on the disk, so that a rename never precedes the bytes it names."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's content as 64 hex digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

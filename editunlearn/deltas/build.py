@@ -1,0 +1,125 @@
+"""From the factors that a method computed to a delta with a complete manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from editunlearn.deltas.arithmetic import dtype_name, weight_sha256
+from editunlearn.deltas.gain import measure
+from editunlearn.deltas.lowrank import (
+    Factors,
+    LoadedModel,
+    LowRankDelta,
+    base_norm,
+    check_fits,
+    stored_weight,
+)
+from editunlearn.deltas.manifest import (
+    BaseModelRecord,
+    Manifest,
+    SiteRecord,
+    fact_set,
+    hash_columns,
+    installed_versions,
+)
+from editunlearn.errors import NumericalError
+from editunlearn.lm.weights import is_transposed
+
+if TYPE_CHECKING:
+    from editunlearn.facts.records import Fact
+
+Columns = Sequence[str | None]
+
+
+def make_delta(
+    lm: LoadedModel,
+    factors: Mapping[str, Factors],
+    *,
+    method: str,
+    hparams: Mapping[str, Any],
+    facts: Sequence[Fact],
+    columns: Columns | Mapping[str, Columns],
+    target_strategy: str,
+    seeds: Mapping[str, int],
+    store_facts: bool = False,
+    dtype: torch.dtype | None = None,
+) -> LowRankDelta:
+    """A delta for a model that is still unedited: hashes its weights, measures norms and the realised gain.
+
+    Args:
+        factors: by module name; left (out, r) and right (r, in), float32.
+        hparams: resolved settings as plain JSON values.
+        facts: what was asked to be forgotten.
+        columns: for each rank column the id of its fact, None where it serves many. One list for all modules,
+            or one for each.
+        seeds: every seed by purpose, for example ``{"seed": 0}``.
+        store_facts: keep the text of the facts in the manifest.
+        dtype: what the merged model will be stored in; default: as loaded.
+
+    Raises:
+        InputError: a module is missing or has another shape.
+        NumericalError: a factor, or the merged weight, is not finite.
+        ValueError: column ids that are not ids of ``facts``, or not one a column.
+    """
+    check_finite(factors)
+    factors = {name: Factors(f.left.detach(), f.right.detach()) for name, f in sorted(factors.items())}
+    asked = fact_set(facts, store_text=store_facts)
+    hashed = hash_columns(columns, list(factors), asked.salt)
+    strangers = {column for row in hashed.values() for column in row if column is not None} - set(asked.ids)
+    if strangers:
+        raise ValueError(f"{len(strangers)} column ids are not ids of the {len(facts)} facts")
+    config: Any = lm.model.config
+    manifest = Manifest(
+        method=method,
+        hparams=dict(hparams),
+        base=BaseModelRecord(name=lm.name, revision=lm.revision, model_type=config.model_type),
+        sites={name: _site(lm, name, f, hashed[name]) for name, f in factors.items()},
+        facts=(asked,),
+        target_strategy=target_strategy,
+        seeds=dict(seeds),
+        versions=installed_versions(),
+    )
+    return with_gain(lm, LowRankDelta(factors, manifest), dtype)
+
+
+def with_gain(lm: LoadedModel, delta: LowRankDelta, dtype: torch.dtype | None = None) -> LowRankDelta:
+    """The same delta with the realised gain measured anew on the unedited model, in its manifest."""
+    check_fits(delta, lm.model)
+    sites = dict(delta.manifest.sites)
+    for name, found in measure(lm, delta, dtype).items():
+        sites[name] = sites[name].model_copy(
+            update={"gain": found.gain, "gain_error": found.error, "gain_dtype": found.dtype}
+        )
+    return LowRankDelta(delta.factors, delta.manifest.with_sites(sites))
+
+
+def check_finite(factors: Mapping[str, Factors]) -> None:
+    """Raises NumericalError that names every factor with a value that is not finite."""
+    bad = [
+        f"{name}.{side}"
+        for name, pair in factors.items()
+        for side, tensor in (("left", pair.left), ("right", pair.right))
+        if not bool(torch.isfinite(tensor).all())
+    ]
+    if bad:
+        raise NumericalError(
+            f"factors with values that are not finite: {', '.join(bad)}. Nothing was written. Lower the step "
+            "size or the number of facts, or raise the ridge."
+        )
+
+
+def _site(lm: LoadedModel, name: str, factors: Factors, columns: tuple[str | None, ...]) -> SiteRecord:
+    weight = stored_weight(lm.model, name)
+    return SiteRecord(
+        shape=factors.shape,
+        transposed=is_transposed(lm.model, name),
+        rank=factors.rank,
+        base_sha256=weight_sha256(weight),
+        base_dtype=dtype_name(weight.dtype),
+        base_norm=base_norm(lm.model, name),
+        norm=factors.norm(),
+        columns=columns,
+    )

@@ -1,0 +1,319 @@
+"""A low-rank change to some linear maps of a model, and what can be done with it in memory.
+
+Orientation is (out, in) throughout: ``dW = left @ right`` adds to the matrix that maps an input x to W x,
+whichever way the model stores it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from editunlearn.deltas.arithmetic import merged_weight
+from editunlearn.deltas.manifest import Manifest, SiteRecord, check_composable
+from editunlearn.errors import InputError, UnsupportedError
+from editunlearn.lm.weights import is_transposed, module, quantisation, read_weight
+
+
+class LoadedModel(Protocol):
+    """What this room needs of a loaded model (``editunlearn.lm`` has the real thing)."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``dW = left @ right`` of one module.
+
+    Attributes:
+        left: (out, r) float32.
+        right: (r, in) float32.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        left, right = self.left, self.right
+        if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+            raise ValueError(
+                f"factors must be (out, r) and (r, in), not {tuple(left.shape)} and {tuple(right.shape)}"
+            )
+        if left.dtype != torch.float32 or right.dtype != torch.float32:
+            raise ValueError(f"factors must be float32, not {left.dtype} and {right.dtype}")
+
+    @property
+    def rank(self) -> int:
+        """Columns of the left factor."""
+        return self.left.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of dW."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def norm(self) -> float:
+        """Frobenius norm of dW, without forming dW: the trace of (L'L)(RR'), in float64."""
+        left, right = self.left.double(), self.right.double()
+        squared = float(((left.T @ left) * (right @ right.T)).sum())
+        return math.sqrt(max(squared, 0.0)) if not math.isnan(squared) else math.nan
+
+    def columns(self, keep: list[int]) -> Factors:
+        """The update without all but the given rank columns; those are copied bit for bit."""
+        index = torch.tensor(keep, dtype=torch.long, device=self.left.device)
+        return Factors(self.left[:, index].contiguous(), self.right[index.to(self.right.device)].contiguous())
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """Low-rank updates by module name, sorted, with the manifest that says what they are.
+
+    Raises:
+        ValueError: factors and manifest do not speak of the same modules, shapes and ranks.
+    """
+
+    factors: dict[str, Factors]
+    manifest: Manifest
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", dict(sorted(self.factors.items())))
+        described = {name: (site.shape, site.rank) for name, site in self.manifest.sites.items()}
+        actual = {name: (factors.shape, factors.rank) for name, factors in self.factors.items()}
+        if described != actual:
+            raise ValueError(f"the manifest describes {described}, the factors are {actual}")
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module; 0 for an empty delta."""
+        return max((factors.rank for factors in self.factors.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(f.left.nbytes + f.right.nbytes for f in self.factors.values())
+
+    @property
+    def columns(self) -> dict[str, tuple[str | None, ...]]:
+        """By module, the salted hash of each rank column's fact id; None: it serves many facts."""
+        return {name: site.columns for name, site in self.manifest.sites.items()}
+
+    def norms(self, lm: LoadedModel | None = None) -> dict[str, float | None]:
+        """Relative Frobenius norm of dW by module: norm(dW) / norm(W), without forming dW.
+
+        Args:
+            lm: take norm(W) from this model; default: as recorded when the delta was made.
+
+        Returns:
+            None for a module whose norm(W) is zero or not known (packed quantised weights).
+        """
+        if lm is None:
+            return {name: site.relative_norm for name, site in self.manifest.sites.items()}
+        norms = {name: base_norm(lm.model, name) for name in self.factors}
+        return {name: f.norm() / norm if (norm := norms[name]) else None for name, f in self.factors.items()}
+
+    @contextmanager
+    def applied(self, lm: LoadedModel, dtype: torch.dtype | None = None) -> Iterator[LoadedModel]:
+        """The model with this delta in it, for the length of a ``with`` block; afterwards it is as before,
+        bit for bit.
+
+        Each edited module gets a new parameter with the merged weight (float32 sum, one rounding), and its
+        own parameter object back at the end, also after an exception; weights that are tied to it do not
+        change. A quantised module keeps its weight and gets the low-rank product added to its output. Blocks
+        can be nested.
+
+        Args:
+            dtype: round merged weights to this dtype on the way (they stay in the weight's dtype), to see
+                what storing the model in it would do.
+
+        Raises:
+            InputError: a module is missing or has another shape.
+        """
+        check_fits(self, lm.model)
+        with ExitStack() as undo:
+            for name, factors in self.factors.items():
+                target = module(lm.model, name)
+                if quantisation(lm.model, name) is not None:
+                    undo.callback(target.register_forward_hook(_adding(factors)).remove)
+                else:
+                    undo.callback(_swap_weight, target, target._parameters["weight"])
+                    _swap_weight(target, _merged_parameter(lm.model, name, factors, dtype))
+            yield lm
+
+    def negated(self) -> LowRankDelta:
+        """The delta that reverts this one in a model it was merged into, up to the rounding of both."""
+        factors = {name: Factors(-f.left, f.right) for name, f in self.factors.items()}
+        sites = {
+            name: _changed(site, factors[name], site.columns) for name, site in self.manifest.sites.items()
+        }
+        return LowRankDelta(factors, self.manifest.with_sites(sites, negated=not self.manifest.negated))
+
+    def without(self, ids: Iterable[str]) -> LowRankDelta:
+        """This delta without the columns of single facts; every other column is kept bit for bit.
+
+        The other columns were solved together with the removed ones, so this is not quite what fitting
+        without these facts would give. A module that has no column left is dropped.
+
+        Args:
+            ids: ids of the facts to let the model say again.
+
+        Raises:
+            InputError: some ids have no column here; the message lists them and how many are known.
+        """
+        wanted = {fact_id: self.manifest.hashes_of(fact_id) for fact_id in ids}
+        known = self.manifest.known_ids
+        unknown = [fact_id for fact_id, hashes in wanted.items() if not hashes & known]
+        if unknown:
+            listed = ", ".join(repr(fact_id) for fact_id in unknown)
+            raise InputError(
+                f"the delta has no columns of its own for {listed}; it knows {len(known)} fact ids (stored "
+                "as hashes). Use the ids of the facts file that the delta was made from."
+            )
+        gone = set().union(*wanted.values()) & known
+        factors: dict[str, Factors] = {}
+        sites: dict[str, SiteRecord] = {}
+        for name, site in self.manifest.sites.items():
+            keep = [i for i, column in enumerate(site.columns) if column not in gone]
+            if len(keep) == site.rank:
+                factors[name], sites[name] = self.factors[name], site
+            elif keep:
+                factors[name] = self.factors[name].columns(keep)
+                sites[name] = _changed(site, factors[name], tuple(site.columns[i] for i in keep))
+        facts = tuple(part.without(gone) for part in self.manifest.facts)
+        return LowRankDelta(factors, self.manifest.with_sites(sites, facts=facts))
+
+
+def compose(first: LowRankDelta, second: LowRankDelta, *, sequential: bool = False) -> LowRankDelta:
+    """One delta that does what both do: the ranks of shared modules are concatenated.
+
+    Args:
+        sequential: the second was fitted with the first applied, so that its base weights are those of the
+            edited model. Without it, both must have been made for the same weights.
+
+    Raises:
+        InputError: different base models, shapes, or one of them reverts a merge and the other does not.
+        StaleError: not sequential, and a shared module had different weights.
+    """
+    check_composable(first.manifest, second.manifest, sequential)
+    factors = dict(first.factors)
+    sites = dict(first.manifest.sites)
+    for name, added in second.factors.items():
+        site = second.manifest.sites[name]
+        if name not in factors:
+            factors[name], sites[name] = added, site
+            continue
+        old = factors[name]
+        left = torch.cat([old.left, added.left.to(old.left.device)], dim=1)
+        right = torch.cat([old.right, added.right.to(old.right.device)], dim=0)
+        factors[name] = Factors(left, right)
+        sites[name] = _changed(sites[name], factors[name], sites[name].columns + site.columns)
+    return LowRankDelta(factors, first.manifest.joined(second.manifest, dict(sorted(sites.items()))))
+
+
+def check_fits(delta: LowRankDelta, model: nn.Module) -> None:
+    """Makes sure that every edited module is there, in the right shape and in memory.
+
+    Raises:
+        InputError: with all problems; UnsupportedError for a weight that is offloaded.
+    """
+    problems: list[str] = []
+    for name, factors in delta.factors.items():
+        try:
+            shape = _shape(model, name)
+        except InputError as error:
+            problems.extend(error.problems)
+            continue
+        if shape != factors.shape:
+            problems.append(
+                f"{name} is {shape[0]} x {shape[1]} (out x in) in this model, but the delta changes "
+                f"{factors.shape[0]} x {factors.shape[1]}; it was made for {delta.manifest.base.name}."
+            )
+        stored_weight(model, name)  # raises when it is offloaded
+    if problems:
+        raise InputError(problems)
+
+
+def base_norm(model: nn.Module, name: str) -> float | None:
+    """Frobenius norm of a module's weight in float64; None for a packed quantised weight."""
+    if quantisation(model, name) is not None:
+        return None
+    weight = read_weight(model, name)
+    blocks = [float(rows.double().square().sum()) for rows in torch.split(weight, 1024)]
+    return math.sqrt(math.fsum(blocks))
+
+
+def stored_weight(model: nn.Module, name: str) -> Tensor:
+    """The weight of an edited module: (out, in), or packed as it is when the module is quantised.
+
+    Raises:
+        InputError: no such module.
+        UnsupportedError: it has no weight that can be read, or the weight is offloaded.
+    """
+    child = module(model, name)
+    packed = (getattr(child, key, None) for key in ("weight", "qweight", "W_q", "weight_packed"))
+    found = next((tensor.detach() for tensor in packed if isinstance(tensor, Tensor)), None)
+    if quantisation(model, name) is None:
+        found = read_weight(model, name)
+    if found is None:
+        raise UnsupportedError(f"{name} ({type(child).__name__}) is quantised in a way that cannot be read.")
+    if found.is_meta:
+        raise UnsupportedError(f"{name} is offloaded; load the model without disk or CPU offload.")
+    return found
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, int]:
+    if quantisation(model, name) is None:
+        out, inner = read_weight(model, name).shape
+        return out, inner
+    child: Any = module(model, name)
+    return int(child.out_features), int(child.in_features)
+
+
+@torch.no_grad()
+def _merged_parameter(
+    model: nn.Module, name: str, factors: Factors, dtype: torch.dtype | None
+) -> nn.Parameter:
+    merged = merged_weight(read_weight(model, name), factors.left, factors.right, dtype)
+    stored = merged.t().contiguous() if is_transposed(model, name) else merged
+    original = module(model, name)._parameters["weight"]
+    return nn.Parameter(stored, requires_grad=original is not None and original.requires_grad)
+
+
+def _swap_weight(target: nn.Module, weight: nn.Parameter | None) -> None:
+    # The slot and not the data: another module may hold the same parameter (tied weights).
+    target._parameters["weight"] = weight
+
+
+def _adding(factors: Factors) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0].to(torch.float32)
+        left, right = factors.left.to(x.device), factors.right.to(x.device)
+        product = functional.linear(functional.linear(x, right), left)
+        return (output.to(torch.float32) + product).to(output.dtype)
+
+    return hook
+
+
+def _changed(site: SiteRecord, factors: Factors, columns: tuple[str | None, ...]) -> SiteRecord:
+    """The record of a site whose factors changed: norm anew, gain not measured."""
+    values: Mapping[str, Any] = {
+        **site.model_dump(),
+        "rank": factors.rank,
+        "norm": factors.norm(),
+        "columns": columns,
+        "gain": None,
+        "gain_error": None,
+        "gain_dtype": None,
+    }
+    return SiteRecord(**values)

@@ -1,0 +1,53 @@
+"""Keys: what enters an edited projection at the lookup token of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from editunlearn.lm.batching import by_length, halving
+from editunlearn.lm.hooks import read_inputs
+from editunlearn.lm.tokens import Row, batch
+
+if TYPE_CHECKING:
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.loading import LM
+
+
+def collect(lm: LM, rows: Sequence[Row], sites: Sequence[Site], *, warn: Callable[[str], None] = lambda _: None) -> dict[str, Tensor]:
+    """Input of each site at each row's lookup token, in one truncated pass for all sites.
+
+    Returns:
+        site name -> (len(rows), d_in) float32 on the CPU, rows in the given order.
+    """
+    modules = [lm.layout.module(lm.model, s.name) for s in sites]
+    found: dict[str, list[Tensor | None]] = {s.name: [None] * len(rows) for s in sites}
+
+    def run(part: Sequence[int]) -> None:
+        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
+        inputs = read_inputs(lm.model, modules, padded.inputs)
+        shape = (*padded.input_ids.shape, -1)
+        at = torch.arange(len(part), device=lm.device)
+        for site, seen in zip(sites, inputs, strict=True):
+            picked = seen.reshape(shape)[at, padded.lookup].float().cpu()
+            for i, key in zip(part, picked, strict=True):
+                found[site.name][i] = key
+
+    halving(by_length([len(r.ids) for r in rows]), run, warn)
+    return {name: torch.stack([k for k in keys if k is not None]) for name, keys in found.items()}
+
+
+def average(keys: Tensor, facts: int, *, bare_weight: float = 0.5) -> Tensor:
+    """One key per fact from one per context, (facts, d_in).
+
+    Args:
+        keys: (facts * contexts, d_in), fact-major, the bare prompt first.
+        bare_weight: share of the bare prompt; the prefixed ones divide the rest (MEMIT averages by group of templates, which gives 1/2).
+    """
+    grouped = keys.reshape(facts, -1, keys.shape[-1])
+    if grouped.shape[1] == 1:
+        return grouped[:, 0]
+    return bare_weight * grouped[:, 0] + (1 - bare_weight) * grouped[:, 1:].mean(1)

@@ -1,0 +1,47 @@
+"""Second moments of site inputs over generic text: packed documents, one truncated pass for all sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from editunlearn.lm.hooks import read_inputs
+from editunlearn.numerics.moments import SecondMoment
+
+if TYPE_CHECKING:
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.loading import LM
+
+
+def windows(lm: LM, documents: Iterable[str], length: int, tokens: int) -> Iterator[list[int]]:
+    """Token ids in windows of at most ``length``, BOS first in each, never across documents, until ``tokens`` tokens are out.
+
+    A model without a BOS token gets none.
+    """
+    head = [lm.bos_id] if lm.bos_id is not None else []
+    body = length - len(head)
+    given = 0
+    for text in documents:
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(ids), body):
+            if given >= tokens:
+                return
+            piece = head + list(ids[start : start + body])
+            given += len(piece)
+            yield piece
+
+
+def add_windows(lm: LM, sites: Sequence[Site], moments: dict[str, SecondMoment], pieces: Sequence[list[int]]) -> int:
+    """Add the inputs of ``sites`` at all tokens of ``pieces`` to ``moments``; returns the number of tokens added."""
+    width = max(map(len, pieces))
+    ids = torch.tensor([p + [lm.pad_id] * (width - len(p)) for p in pieces], device=lm.device)
+    mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in pieces], device=lm.device)
+    modules = [lm.layout.module(lm.model, s.name) for s in sites]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    seen = read_inputs(lm.model, modules, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    real = mask.bool().flatten()
+    for site, rows in zip(sites, seen, strict=True):
+        moments[site.name].add(rows.reshape(-1, rows.shape[-1])[real])
+    return int(real.sum())

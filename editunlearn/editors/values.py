@@ -1,0 +1,226 @@
+"""Values: for every fact, the change of a projection's output at the lookup token after which the model says the target.
+
+Many facts are optimised in one masked forward pass. Each has its own change, its own norm limit and its own stop; nothing is shared between facts,
+so that a fact alone gives what it gives in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from editunlearn.errors import NumericalError
+from editunlearn.lm.batching import by_length, halving
+from editunlearn.lm.hooks import at_scored_positions, first_tensor, on_output, stack
+from editunlearn.lm.tokens import Batch, Row, batch
+
+if TYPE_CHECKING:
+    from editunlearn.hparams import Value
+    from editunlearn.lm.loading import LM
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one fact is optimised on.
+
+    Attributes:
+        rows: prompt with target, one row a context, the bare prompt first.
+        pinned: prompts whose next-token distribution is to stay as it is (may be empty); read at the last token, or, as published, at the lookup token.
+    """
+
+    rows: tuple[Row, ...]
+    pinned: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Values:
+    """Result for ``n`` facts at ``m`` modules.
+
+    Attributes:
+        change: (n, m, d_out) float32, what to add to each module's output at the lookup token.
+        clean: (n, m, d_out) float32, the unedited output there, bare prompt.
+        loss: (n,) negative log-likelihood of the target, mean over its tokens and over contexts, at the last step.
+        steps: (n,) updates made.
+    """
+
+    change: Tensor
+    clean: Tensor
+    loss: Tensor
+    steps: Tensor
+
+
+def optimise(
+    lm: LM,
+    problems: Sequence[Problem],
+    modules: Sequence[str],
+    hparams: Value,
+    *,
+    tokens: int = 8192,
+    progress: Callable[[int], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Values:
+    """Optimise the change of the outputs of ``modules`` for every problem, jointly over the modules.
+
+    Loss of a fact (MEMIT, arXiv 2210.07229, eq. 16, with scale-free units): mean NLL of the target over contexts
+    + ``kl`` * KL(unedited || edited) on its pinned prompts + ``weight_decay`` * relative norm of the change (squared, or as published not).
+    With ``scale="relative"`` Adam steps in units of the root mean square of the clean output, else in absolute units. The relative norm is
+    limited to ``clamp``.
+
+    Args:
+        tokens: padded tokens of one batch of facts.
+
+    Raises:
+        NumericalError: a loss that is not finite; names the problem's index.
+    """
+    results: dict[int, tuple[Tensor, Tensor, float, int]] = {}
+
+    def run(part: Sequence[int]) -> None:
+        chunk = _Chunk(lm, [problems[i] for i in part], modules, hparams)
+        results.update(zip(part, chunk.solve([int(i) for i in part]), strict=True))
+        progress(len(part))
+
+    sizes = [max(len(r.ids) for r in p.rows + p.pinned) * (len(p.rows) + len(p.pinned)) for p in problems]
+    halving(by_length(sizes, tokens), run, warn)
+    ordered = [results[i] for i in range(len(problems))]
+    return Values(
+        change=torch.stack([r[0] for r in ordered]),
+        clean=torch.stack([r[1] for r in ordered]),
+        loss=torch.tensor([r[2] for r in ordered]),
+        steps=torch.tensor([r[3] for r in ordered]),
+    )
+
+
+class _Chunk:
+    """One batch of facts, from the clean pass to the last step."""
+
+    def __init__(self, lm: LM, problems: Sequence[Problem], modules: Sequence[str], hparams: Value) -> None:
+        self.lm, self.problems, self.hparams = lm, problems, hparams
+        self.modules = [lm.layout.module(lm.model, name) for name in modules]
+        self.head: nn.Module = lm.model.get_output_embeddings()
+        self.clean = self._clean_outputs()
+        norm = self.clean.norm(dim=-1, keepdim=True)
+        self.unit = norm / self.clean.shape[-1] ** 0.5 if hparams.scale == "relative" else torch.ones_like(norm)
+        self.norm = norm
+
+    def _clean_outputs(self) -> Tensor:
+        """(n, m, d_out) outputs of the modules at the lookup token of the bare prompts."""
+        padded = batch([p.rows[0] for p in self.problems], self.lm.pad_id, self.lm.device)
+        at = torch.arange(len(self.problems), device=self.lm.device)
+        seen: list[Tensor] = []
+
+        def see(_inputs: Tensor, output: Tensor) -> None:
+            seen.append(output.reshape(*padded.input_ids.shape, -1)[at, padded.lookup].float())
+
+        nothing = torch.zeros_like(padded.input_ids, dtype=torch.bool)
+        nothing[0, 0] = True
+        with torch.no_grad(), stack([on_output(m, see) for m in self.modules]), at_scored_positions(self.head, nothing):
+            self.lm.model(**padded.inputs, use_cache=False)
+        return torch.stack(seen, dim=1)
+
+    def solve(self, names: Sequence[int]) -> list[tuple[Tensor, Tensor, float, int]]:
+        hp = self.hparams
+        step = torch.zeros_like(self.clean)
+        state = [torch.zeros_like(step), torch.zeros_like(step)]
+        loss = torch.full((len(self.problems),), torch.nan)
+        steps = torch.zeros(len(self.problems), dtype=torch.long)
+        active = list(range(len(self.problems)))
+        base = self._pinned_base(active) if hp.kl > 0 else None
+        for iteration in range(hp.steps + 1):
+            now = step[active].clone().requires_grad_(iteration < hp.steps)
+            nll, total = self._loss(active, now, base)
+            if not torch.isfinite(total).all():
+                bad = names[active[int((~torch.isfinite(total)).nonzero()[0])]]
+                raise NumericalError(f"the value of fact number {bad + 1} has a loss that is not finite; try a smaller value.lr or float32")
+            loss[active] = nll.detach().cpu()
+            keep = [i for i in range(len(active)) if nll[i] >= hp.stop_loss]
+            if iteration == hp.steps or not keep:
+                break
+            (grad,) = torch.autograd.grad(total.sum(), now)
+            moved = [active[i] for i in keep]
+            step[moved] = self._adam(step[moved], grad[keep], [s[moved] for s in state], iteration, state, moved)
+            steps[moved] += 1
+            active = moved
+        change = (step * self.unit).cpu()
+        return [(change[i], self.clean[i].cpu(), float(loss[i]), int(steps[i])) for i in range(len(self.problems))]
+
+    def _adam(self, value: Tensor, grad: Tensor, old: list[Tensor], t: int, state: list[Tensor], rows: list[int]) -> Tensor:
+        """One Adam step of the facts still active, then the norm limit."""
+        first = 0.9 * old[0] + 0.1 * grad
+        second = 0.999 * old[1] + 0.001 * grad**2
+        state[0][rows], state[1][rows] = first, second
+        value = value - self.hparams.lr * (first / (1 - 0.9 ** (t + 1))) / ((second / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+        if self.hparams.clamp is None:
+            return value
+        limit = self.hparams.clamp * self.norm[rows] / self.unit[rows]
+        return value * (limit / value.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+
+    def _rows(self, active: Sequence[int], *, pinned: bool) -> tuple[Batch, Tensor]:
+        rows = [(r, k) for k, i in enumerate(active) for r in (self.problems[i].pinned if pinned else self.problems[i].rows)]
+        return batch([r for r, _ in rows], self.lm.pad_id, self.lm.device), torch.tensor([k for _, k in rows], device=self.lm.device)
+
+    def _logits(self, padded: Batch, scored: Tensor, add: Tensor | None) -> Tensor:
+        """Logits (number scored, vocabulary) with ``add`` (rows, m, d_out) added at the lookup token of each row."""
+        at = torch.arange(len(padded.lookup), device=padded.lookup.device)
+
+        def inject(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+            def change(_inputs: Tensor, output: Tensor) -> Tensor:
+                assert add is not None  # noqa: S101 - inject is only installed when there is something to add
+                flat = output.reshape(*padded.input_ids.shape, -1).clone()
+                flat[at, padded.lookup] = (flat[at, padded.lookup].float() + add[:, index]).to(flat.dtype)
+                return flat.reshape(output.shape)
+
+            return change
+
+        hooks = [on_output(m, inject(i)) for i, m in enumerate(self.modules)] if add is not None else []
+        with stack([*hooks, at_scored_positions(self.head, scored)]):
+            out = self.lm.model(**padded.inputs, use_cache=False)
+        return first_tensor(out.logits)[0]
+
+    def _pinned_positions(self, padded: Batch) -> Tensor:
+        where = padded.last if self.hparams.kl_on == "prompts" else padded.lookup
+        scored = torch.zeros_like(padded.input_ids, dtype=torch.bool)
+        scored[torch.arange(len(where), device=where.device), where] = True
+        return scored
+
+    def _pinned_base(self, active: Sequence[int]) -> Tensor | None:
+        if not any(self.problems[i].pinned for i in active):
+            return None
+        padded, _ = self._rows(active, pinned=True)
+        with torch.no_grad():
+            return self._logits(padded, self._pinned_positions(padded), None)
+
+    def _loss(self, active: Sequence[int], step: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Target NLL and whole loss of each active fact, (active,) float32 each."""
+        add = step * self.unit[active]
+        padded, fact = self._rows(active, pinned=False)
+        logits = self._logits(padded, padded.targets, add[fact])
+        token = nn.functional.cross_entropy(logits.float(), padded.labels, reduction="none")
+        nll = mean_by(mean_by(token, padded.owners, len(fact)), fact, len(active))
+        relative = (add.norm(dim=-1) / self.norm[active, :, 0]).square().mean(-1)
+        if self.hparams.penalty == "norm":
+            relative = (add.norm(dim=-1) / self.norm[active, :, 0].square()).mean(-1)
+        total = nll + self.hparams.weight_decay * relative
+        if base is not None:
+            pinned, owner = self._rows(active, pinned=True)
+            counts = [len(self.problems[i].pinned) for i in range(len(self.problems))]
+            chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(base.device)
+            edited = self._logits(pinned, self._pinned_positions(pinned), add[owner])
+            total = total + self.hparams.kl * mean_by(kl(base[chosen], edited), owner, len(active))
+        return nll, total
+
+
+def mean_by(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Mean of ``values`` (n,) within each group number, (count,); differentiable."""
+    total = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, values)
+    size = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, torch.ones_like(values))
+    return total / size
+
+
+def kl(base: Tensor, edited: Tensor) -> Tensor:
+    """KL(base || edited) of each row of logits (n, vocabulary), in nats, (n,) float32."""
+    p = base.float().log_softmax(-1)
+    return (p.exp() * (p - edited.float().log_softmax(-1))).sum(-1)

@@ -1,0 +1,1 @@
+"""What to forget and what to say instead. Nothing in here needs torch."""

@@ -1,0 +1,266 @@
+"""Settings of the methods: strict schemas, and the one function that loads them.
+
+A schema is a frozen pydantic model that knows no unknown keys. The pieces here are shared; each method has
+its own ``HParams`` in ``editunlearn/editors/<method>.py``. Precedence: schema defaults < file <
+``overrides[model_type]`` < ``--set a.b=c``. There is no model, path, device or dtype of a model in any of
+them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+# Numbers that PyYAML (YAML 1.1) leaves as text although everybody else reads floats: 5e-1, 1e-3, 1.5e4.
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
+
+
+def _layers(value: Any) -> Any:
+    """Only one meaning per list: block numbers (ints) or depths (floats), each list in ascending order."""
+    if value == "auto":
+        return value
+    layers = [_number(layer) for layer in value] if isinstance(value, list | tuple) else []
+    if layers and all(type(layer) is int and layer >= 0 for layer in layers):
+        kind = "block numbers"
+    elif layers and all(type(layer) is float and 0.0 <= layer <= 1.0 for layer in layers):
+        kind = "depths"
+    else:
+        raise ValueError(
+            f"layers is {value!r}; it must be auto, or block numbers such as [4, 5, 6], "
+            "or depths from 0.0 to 1.0 such as [0.3, 0.5], not both in one list."
+        )
+    if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"layers is {value!r}; {kind} must be in ascending order, each once.")
+    return layers
+
+
+def _batch_size(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise ValueError(f"batch_size is {value!r}; it must be auto or a whole number, at least 1.")
+    return value
+
+
+Real = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_number)]
+Whole = Annotated[int, Strict()]
+Layers = Annotated[
+    Literal["auto"] | list[int | float],
+    BeforeValidator(_layers),
+    Field(
+        json_schema_extra={"allowed": "auto, or a list of block numbers, or a list of depths from 0.0 to 1.0"}
+    ),
+]
+BatchSize = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_batch_size),
+    Field(json_schema_extra={"allowed": "auto, or a whole number, at least 1"}),
+]
+
+
+class Piece(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ContextPrefixes(Piece):
+    """Random texts that the model itself writes; the bare prompt always counts too."""
+
+    count: Whole = Field(default=5, ge=0, description="How many prefixes besides the bare prompt.")
+    tokens: Whole = Field(default=10, ge=1, description="Length of a prefix in tokens.")
+    seed: Whole = Field(default=0, ge=0, description="Seed of the sampling.")
+
+
+class Value(Piece):
+    """How the value of a fact (the vector that makes the model say the target) is optimised."""
+
+    steps: Whole = Field(default=20, ge=1, description="Most updates of Adam per fact.")
+    lr: Real = Field(default=0.3, gt=0, description="Learning rate of Adam, in units of `scale`.")
+    scale: Literal["relative", "absolute"] = Field(
+        default="relative",
+        description="Measure lr in units of the activation's own scale, or in raw numbers.",
+    )
+    clamp: Annotated[Real, Field(gt=0)] | None = Field(
+        default=4.0,
+        description="Longest change, as a multiple of the clean activation's norm; null for no limit.",
+    )
+    weight_decay: Real = Field(
+        default=0.05, ge=0, description="Weight of the penalty on the size of the change."
+    )
+    penalty: Literal["squared", "norm"] = Field(
+        default="squared",
+        description="Penalise the squared relative norm, or as published norm over squared norm.",
+    )
+    kl: Real = Field(default=0.0625, ge=0, description="Weight of the KL divergence to the unedited model.")
+    kl_on: Literal["retain", "subject"] = Field(
+        default="retain",
+        description="Measure it on real retain prompts, or as published at the subject's last token.",
+    )
+    stop_loss: Real = Field(default=0.05, ge=0, description="A fact is done when its loss falls below this.")
+    spread: Literal["joint", "residual"] = Field(
+        default="joint",
+        description="Split the work over the layers jointly, or as published by what is still missing.",
+    )
+
+
+class Moments(Piece):
+    """The second moment C of the keys over text: what the edit has to leave alone."""
+
+    text: str = Field(
+        default="general",
+        min_length=1,
+        description="Text to read: general (shipped), a path, hub id:config:split, or none (C = identity).",
+    )
+    tokens: Whole = Field(default=40_000, ge=1, description="How many tokens of that text to read.")
+    length: Whole = Field(default=256, ge=2, description="Length of the packed sequences in tokens.")
+    weight: Real = Field(default=3000.0, gt=0, description="Weight of C against the keys of the facts.")
+
+
+class Retain(Piece):
+    """Preservation built from retain facts rather than from general text."""
+
+    weight: Real = Field(default=10.0, ge=0, description="Weight of the retain keys; 0 leaves them out.")
+    max_keys: Whole = Field(default=4000, ge=1, description="Most retain keys to use; more are sampled down.")
+
+
+class NullSpace(Piece):
+    """Which directions count as unused by the keys to preserve."""
+
+    threshold: Real = Field(
+        default=0.02, gt=0, description="Directions of C with less energy than this are free."
+    )
+    relative: bool = Field(
+        default=True, strict=True, description="Measure the threshold against the largest eigenvalue."
+    )
+    l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
+
+    @model_validator(mode="after")
+    def _relative_is_a_fraction(self) -> NullSpace:
+        if self.relative and self.threshold >= 1:
+            raise ValueError(
+                f"nullspace.threshold is {self.threshold:g}; with relative: true it must be below 1."
+            )
+        return self
+
+
+class Refine(Piece):
+    """Training of the left factors after the closed form, on what is wanted; the right factors stay."""
+
+    steps: Whole = Field(default=40, ge=1, description="Updates of Adam.")
+    lr: Real = Field(default=0.3, gt=0, description="Learning rate relative to the size of the left factors.")
+    kl: Real = Field(
+        default=10.0, ge=0, description="Weight of the KL divergence on retain prompts and text."
+    )
+    retain_batch: Whole = Field(default=64, ge=0, description="Retain prompts per step.")
+    text_batch: Whole = Field(default=2, ge=0, description="Sequences of general text per step.")
+    text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
+    contexts: Whole = Field(
+        default=2, ge=0, description="Context prefixes per fact and step besides the bare prompt."
+    )
+    seed: Whole = Field(default=0, ge=0, description="Seed of the sampling.")
+
+
+class EditorHParams(Piece):
+    """What every closed-form editor has; a method's own schema adds to it and sets the defaults."""
+
+    method: str = Field(description="Name of the method.")
+    layers: Layers = Field(default="auto", description="Blocks whose MLP output projection is edited.")
+    subject_token: Literal["last", "first", "prompt_last"] = Field(
+        default="last",
+        description="Token whose activation is key and value: of the subject, or the prompt's last.",
+    )
+    context_prefixes: ContextPrefixes = Field(
+        default_factory=ContextPrefixes,
+        description="Texts put before the prompt, so that the edit holds in context.",
+    )
+    value: Value = Field(default_factory=Value, description="How the new values are optimised.")
+    moments: Moments = Field(default_factory=Moments, description="Second moment of the keys over text.")
+    retain: Retain = Field(default_factory=Retain, description="Preservation of retain facts.")
+    refine: Refine | None = Field(
+        default_factory=Refine, description="Training after the closed form; null for the closed form alone."
+    )
+    ridge: Real = Field(default=1.0, ge=0, description="Slack in the constraints key -> value.")
+    batch_size: BatchSize = Field(
+        default="auto", description="Facts optimised at a time; changes memory, not results."
+    )
+    paper: str | None = Field(
+        default=None, description="Where the method comes from; goes to the model card."
+    )
+
+
+class Described(NamedTuple):
+    """One setting for documents and headers."""
+
+    key: str
+    value: Any
+    is_default: bool
+    description: str
+
+
+def load_hparams(
+    source: str | Path | Mapping[str, Any],
+    *,
+    set: Sequence[str] = (),  # the name of the flag
+    model_type: str | None = None,
+    format: Literal["editunlearn", "easyedit"] = "editunlearn",
+) -> EditorHParams:
+    """Read and check settings; nothing but the schema's own defaults is ever filled in.
+
+    Args:
+        source: an existing file first, else the name of a shipped one (``memit``, ``memit.yaml``,
+            ``paper/memit``), or the mapping itself.
+        set: ``a.b=c`` each, the value in YAML, the last one wins.
+        model_type: ``config.model_type`` of the model, picks from the file's ``overrides``.
+        format: ``easyedit`` also reads ROME's, MEMIT's and AlphaEdit's files; ``hparams_easyedit.read``
+            gives the translation to show.
+
+    Raises:
+        InputError: every problem found, one a line, each with file and line, what is allowed and a near name.
+    """
+    from editunlearn import hparams_check, hparams_easyedit, hparams_yaml
+
+    if format not in ("editunlearn", "easyedit"):
+        from editunlearn.errors import InputError
+
+        raise InputError(f"hparams format {format!r} is not known. Formats: editunlearn, easyedit.")
+    document = hparams_yaml.read(source)
+    if format == "easyedit":
+        document = hparams_easyedit.translate(document).document
+    return hparams_check.check(document, set, model_type)
+
+
+def resolved(hp: BaseModel) -> dict[str, Any]:
+    """All settings with their values, plain and JSON-able; ``load_hparams`` reads it back."""
+    return hp.model_dump(mode="json")
+
+
+def describe(hp: EditorHParams) -> list[Described]:
+    """Every setting: dotted key, value, is it the schema's default, description with the range."""
+    return list(_describe(hp, None, ""))
+
+
+def _describe(part: BaseModel, default_part: BaseModel | None, prefix: str) -> list[Described]:
+    from editunlearn.hparams_check import allowed
+
+    rows: list[Described] = []
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        default = (
+            getattr(default_part, name) if default_part else field.get_default(call_default_factory=True)
+        )
+        if isinstance(value, BaseModel):
+            rows += _describe(value, default if isinstance(default, BaseModel) else None, f"{prefix}{name}.")
+        else:
+            rows.append(
+                Described(
+                    prefix + name, value, value == default, f"{field.description} Allowed: {allowed(field)}."
+                )
+            )
+    return rows

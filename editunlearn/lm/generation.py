@@ -1,0 +1,64 @@
+"""Greedy decoding of many prompts at once, and prefixes that the model writes itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from editunlearn.lm.hooks import contiguous_input
+from editunlearn.lm.tokens import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from editunlearn.lm.loading import LM
+
+PREFIX_SEEDS = ("The", "Therefore", "Because", "I", "You", "Yesterday", "In", "It")
+"""First words of the prefixes that the model continues (after ROME and MEMIT, with three more)."""
+
+
+def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
+    """Greedy continuations, without special tokens, each ended by the model itself or after ``max_new_tokens``.
+
+    Prompts are sorted by length into left-padded batches; the order of the results is that of ``prompts``.
+    """
+    encoded = [encode_prompt(lm, p, "prompt_last")[0] for p in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    texts = [""] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        for i, text in zip(part, _continue(lm, [encoded[i] for i in part], max_new_tokens), strict=True):
+            texts[i] = text
+    return texts
+
+
+def _continue(lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int = 0, seed: int = 0) -> list[str]:
+    from transformers import GenerationConfig
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[lm.pad_id] * (width - len(r)) + r for r in rows], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=lm.device)
+    sampling = {"do_sample": True, "top_k": top_k} if top_k else {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=lm.pad_id, eos_token_id=sorted(lm.eos_ids), **sampling)
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), contiguous_input(lm.model.get_output_embeddings()):
+        torch.manual_seed(seed)
+        out = lm.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return lm.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+
+def context_prefixes(lm: LM, count: int, tokens: int, seed: int) -> list[str]:
+    """``count`` short texts in the model's own words, each ending in a full stop and a space, to be put before a prompt.
+
+    Sampled (top-k 5) with its own seed; the global random state is left as it was. The lengths vary around ``tokens``.
+    """
+    prefixes = []
+    for i in range(count):
+        start = PREFIX_SEEDS[i % len(PREFIX_SEEDS)]
+        length = max(2, tokens - 3 + (3 * i) % 7)
+        mixed = int.from_bytes(hashlib.sha256(f"{seed}:{i}".encode()).digest()[:4], "big")
+        ids = encode_prompt(lm, Prompt(start, (0, len(start))), "prompt_last")[0]
+        text = start + _continue(lm, [ids], length, top_k=5, seed=mixed)[0]
+        prefixes.append(" ".join(text.split()).rstrip(".,;:!? ") + ". ")
+    return prefixes

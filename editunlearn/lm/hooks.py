@@ -1,0 +1,125 @@
+"""Reading and changing what flows through a module, with early stop. Works on modules that return a tensor or a tuple."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class StopForward(Exception):
+    """Raised by a hook to leave the forward pass once everything wanted has been seen."""
+
+
+def first_tensor(output: object) -> Tensor:
+    """The hidden states of a module's output: itself, or the first element of a tuple."""
+    value = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected a tensor or a tuple that begins with one, got {type(value).__name__}")
+    return value
+
+
+def with_first(output: object, value: Tensor) -> object:
+    """``output`` with its hidden states replaced by ``value``, in the same shape of container."""
+    if isinstance(output, tuple):
+        return (value, *output[1:])
+    return [value, *output[1:]] if isinstance(output, list) else value
+
+
+def _input_of(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    return first_tensor(args[0] if args else next(iter(kwargs.values())))
+
+
+@contextmanager
+def on_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call ``see`` with the input of ``module`` at each forward pass, however it is passed."""
+    handle = module.register_forward_pre_hook(lambda _m, args, kwargs: see(_input_of(args, kwargs)), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def on_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call ``change(input, output)``; what it returns replaces the output, unless it is None."""
+
+    def hook(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
+        changed = change(_input_of(args, kwargs), first_tensor(output))
+        return None if changed is None else with_first(output, changed)
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def at_scored_positions(head: nn.Module, scored: Tensor) -> Iterator[None]:
+    """Let the output head see only the ``scored`` positions, in row-major order: logits come out as (1, number scored, vocabulary).
+
+    The model's own code still does everything before and after the head (soft caps, scaling), so nothing is computed twice or differently;
+    only the positions whose logits nobody reads are left out.
+
+    Args:
+        head: the output embedding module, called with hidden states (batch, length, width).
+        scored: bool (batch, length).
+    """
+
+    def select(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        hidden = first_tensor(args[0])
+        return (hidden[scored.to(hidden.device)][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def contiguous_input(head: nn.Module) -> Iterator[None]:
+    """Give the output head a contiguous input.
+
+    ``generate`` slices the last position out of each row; on the CPU a matrix product with such a strided slice copies the whole
+    weight once per row (measured with torch 2.13, vocabulary 262,144, 64 rows: 22 GB and 73 s instead of 0.06 s).
+    """
+    handle = head.register_forward_pre_hook(lambda _module, args: (first_tensor(args[0]).contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_truncated(model: nn.Module, last: nn.Module, **inputs: Tensor) -> None:
+    """Run ``model`` up to and including the input of ``last``; its output and everything after are not computed."""
+
+    def stop(_tensor: Tensor) -> None:
+        raise StopForward
+
+    with on_input(last, stop):
+        try:
+            model(**inputs)
+        except StopForward:
+            return
+    raise RuntimeError("the forward pass never reached the module that it was to stop at")
+
+
+@contextmanager
+def stack(contexts: Sequence[object]) -> Iterator[None]:
+    """Enter several context managers at once."""
+    with ExitStack() as entered:
+        for context in contexts:
+            entered.enter_context(context)  # type: ignore[arg-type]
+        yield
+
+
+def read_inputs(model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Inputs of ``modules`` (in the order in which they run) in one pass that stops at the last of them, each (batch, length, d_in)."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), stack([on_input(m, lambda x: seen.append(x.detach())) for m in modules]):
+        run_truncated(model, modules[-1], **inputs)
+    return seen

@@ -1,0 +1,381 @@
+"""Where a model keeps its MLP output projections: the only table of module names in this package.
+
+A *site* is the last linear map of a block's MLP (``down_proj``, ``c_proj``, ``fc2``, ...): the weight that
+editors change. Elsewhere the talk is of sites and (out, in) matrices; only here (and in ``weights``) it is
+known that GPT-2 stores the transpose, that Gemma has a second norm behind its MLP, that OPT flattens batch
+and sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from editunlearn.errors import InputError, UnsupportedError
+from editunlearn.lm.structure import expert_in, longest_blocks, output_head, search
+from editunlearn.lm.weights import find, is_transposed, module, quantisation, read_weight
+
+__all__ = [
+    "Layout",
+    "Site",
+    "check_config",
+    "is_transposed",
+    "known_types",
+    "layout_of",
+    "module",
+    "quantisation",
+    "read_weight",
+    "resolve_layers",
+    "text_config",
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One editable weight: the full module name and the block that it sits in (0 is the first)."""
+
+    name: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Module names of one model, and what happens to the MLP output before it reaches the residual stream.
+
+    ``mlp_out``, ``mlp`` and ``post_mlp_norm`` are relative to a block, all other names to the model; None
+    where the model has no such module.
+
+    Attributes:
+        post_mlp_norm: norm that the MLP output passes before it is added to the residual stream.
+        scales_output: factor on the MLP output when it is added to the residual stream (Granite).
+        parallel: attention and MLP read the same input: block output = input + attention + MLP.
+        flattens: the MLP sees (batch * sequence, width), not (batch, sequence, width) (OPT).
+        mlp_adds_residual: the output of ``mlp`` has the residual in it already (BLOOM); that of ``mlp_out``
+            never has.
+        reason: how the names were found.
+    """
+
+    model_type: str
+    blocks: str = "model.layers"
+    mlp_out: str = "mlp.down_proj"
+    mlp: str | None = "mlp"
+    post_mlp_norm: str | None = None
+    final_norm: str | None = "model.norm"
+    head: str = "lm_head"
+    embed: str = "model.embed_tokens"
+    scales_output: float = 1.0
+    parallel: bool = False
+    flattens: bool = False
+    mlp_adds_residual: bool = False
+    reason: str = "known model type"
+
+    def block_name(self, layer: int) -> str:
+        """Full name of a block, e.g. ``model.layers.3``."""
+        return f"{self.blocks}.{layer}"
+
+    def site(self, layer: int) -> Site:
+        """The MLP output projection of a block. The number is not checked here: see ``resolve_layers``."""
+        return Site(f"{self.block_name(layer)}.{self.mlp_out}", layer)
+
+    def sites(self, layers: Sequence[int]) -> list[Site]:
+        """The MLP output projections of several blocks, in the given order."""
+        return [self.site(layer) for layer in layers]
+
+    def post_norm_name(self, layer: int) -> str | None:
+        """Full name of the norm between the MLP output and the residual stream; None where there is none."""
+        return None if self.post_mlp_norm is None else f"{self.block_name(layer)}.{self.post_mlp_norm}"
+
+    def num_layers(self, model: nn.Module) -> int:
+        """Number of blocks of the model."""
+        return len(module(model, self.blocks))  # type: ignore[arg-type]
+
+    # The functions of this module, so that callers need to carry only ``lm.layout``.
+    def module(self, model: nn.Module, name: str) -> nn.Module:
+        """See ``layout.module``."""
+        return module(model, name)
+
+    def read_weight(self, model: nn.Module, name: str) -> Tensor:
+        """See ``layout.read_weight``."""
+        return read_weight(model, name)
+
+    def is_transposed(self, model: nn.Module, name: str) -> bool:
+        """See ``layout.is_transposed``."""
+        return is_transposed(model, name)
+
+
+# model.layers.N.mlp.down_proj, model.norm, lm_head
+_LLAMA_LIKE = """
+    apertus arcee cohere cohere2 diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite
+    granite_swa helium hunyuan_v1_dense internlm3 llama ministral ministral3 mistral nemotron olmo olmo2 olmo3
+    phi3 qwen2 qwen3 seed_oss smollm3 stablelm vaultgemma
+"""
+_POST_NORMS = {
+    "post_feedforward_layernorm": "gemma2 gemma3_text gemma3 vaultgemma olmo2 olmo3 exaone4",
+    "post_mlp_layernorm": "glm4",
+}
+_ALWAYS_PARALLEL = "cohere cohere2 phi gptj codegen"  # others by a flag of the checkpoint: see _PARALLEL_KEYS
+
+
+def _table() -> dict[str, Layout]:
+    gpt2 = Layout(
+        "gpt2",
+        blocks="transformer.h",
+        mlp_out="mlp.c_proj",
+        final_norm="transformer.ln_f",
+        embed="transformer.wte",
+    )
+    rows = [
+        *(Layout(name) for name in _LLAMA_LIKE.split()),
+        Layout(
+            "gemma3",
+            blocks="model.language_model.layers",
+            final_norm="model.language_model.norm",
+            embed="model.language_model.embed_tokens",
+        ),
+        Layout("starcoder2", mlp_out="mlp.c_proj"),
+        Layout("phi", mlp_out="mlp.fc2", final_norm="model.final_layernorm"),
+        Layout(
+            "opt",
+            blocks="model.decoder.layers",
+            mlp_out="fc2",
+            mlp=None,
+            final_norm="model.decoder.final_layer_norm",
+            embed="model.decoder.embed_tokens",
+            flattens=True,
+        ),
+        Layout(
+            "gpt_neox",
+            blocks="gpt_neox.layers",
+            mlp_out="mlp.dense_4h_to_h",
+            final_norm="gpt_neox.final_layer_norm",
+            head="lm_head",
+            embed="gpt_neox.embed_in",
+        ),
+        gpt2,
+        replace(gpt2, model_type="gpt_neo"),
+        replace(gpt2, model_type="gpt_bigcode"),
+        replace(gpt2, model_type="gptj", mlp_out="mlp.fc_out"),
+        replace(gpt2, model_type="codegen", mlp_out="mlp.fc_out"),
+        replace(
+            gpt2,
+            model_type="bloom",
+            mlp_out="mlp.dense_4h_to_h",
+            embed="transformer.word_embeddings",
+            mlp_adds_residual=True,
+        ),
+        replace(gpt2, model_type="falcon", mlp_out="mlp.dense_4h_to_h", embed="transformer.word_embeddings"),
+        replace(
+            gpt2,
+            model_type="mpt",
+            blocks="transformer.blocks",
+            mlp_out="ffn.down_proj",
+            mlp="ffn",
+            final_norm="transformer.norm_f",
+        ),
+    ]
+    norms = {name: norm for norm, names in _POST_NORMS.items() for name in names.split()}
+    parallel = set(_ALWAYS_PARALLEL.split())
+    return {
+        row.model_type: replace(
+            row, post_mlp_norm=norms.get(row.model_type), parallel=row.model_type in parallel
+        )
+        for row in rows
+    }
+
+
+def known_types() -> list[str]:
+    """The model types of the table, sorted; other types are tried by structure."""
+    return sorted(_table())
+
+
+def _see_known() -> str:
+    return f"Known: {', '.join(known_types())}. See lm/layout.py."
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model (the config itself, but for multimodal wrappers)."""
+    getter = getattr(config, "get_text_config", None)
+    return getter(decoder=True) if callable(getter) else config
+
+
+# --- what can be said from the config alone
+
+
+# Blocks of these types have no MLP, or mix it into a state-space layer.
+_NO_MLP = ("mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "reformer", "cpmant", "xlnet")
+_EXPERT_COUNTS = "num_local_experts num_experts n_routed_experts moe_num_experts num_routed_experts".split()
+
+
+def _expert_count(config: Any) -> int:
+    ffn = getattr(config, "ffn_config", None)  # DBRX keeps the number of experts one level down
+    places = [place for place in (config, ffn) if place is not None]
+    counts = [getattr(place, key, None) for place in places for key in _EXPERT_COUNTS]
+    flat = [n for count in counts for n in (count if isinstance(count, (list, tuple)) else [count])]
+    return max([n for n in flat if isinstance(n, int)], default=0)
+
+
+def check_config(config: Any) -> None:
+    """Refuse, before any weight is loaded, a model that the config alone shows to be uneditable.
+
+    Raises:
+        UnsupportedError: no MLP, mixture of experts, encoder-decoder, encoder only, or not a language model.
+    """
+    kind = str(getattr(config, "model_type", None) or "")
+    text = text_config(config)
+    text_kind = str(getattr(text, "model_type", None) or kind)
+    if kind in _NO_MLP or text_kind in _NO_MLP:
+        raise UnsupportedError(f"model type {kind!r} has no MLP output projection to edit. {_see_known()}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"model type {kind!r} is an encoder-decoder; only decoders can be edited. {_see_known()}"
+        )
+    experts = _expert_count(text)
+    if experts > 1:
+        raise UnsupportedError(_moe_message(kind, f"{experts} experts in each MLP"))
+    if kind in known_types():
+        return
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise UnsupportedError(
+            f"model type {kind!r} is an encoder, a masked language model, not a decoder. {_see_known()}"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
+        raise UnsupportedError(
+            f"model type {kind!r} is no causal language model of transformers. {_see_known()}"
+        )
+
+
+def _moe_message(kind: str, what: str) -> str:
+    return (
+        f"model type {kind!r} is a mixture of experts ({what}): which weights a fact passes through depends "
+        f"on the routing, so there is no one MLP output projection to edit. {_see_known()}"
+    )
+
+
+# --- the layout of a loaded model
+
+
+def layout_of(model: nn.Module, config: Any = None) -> Layout:
+    """Module names of a model: from the table by ``config.model_type``, else by structure; see ``reason``.
+
+    Args:
+        model: a causal language model with its head; on the meta device too.
+        config: default ``model.config``.
+
+    Raises:
+        UnsupportedError: mixture of experts, or no MLP output projection can be found.
+    """
+    config = config if config is not None else getattr(model, "config", None)
+    kind = str(getattr(config, "model_type", None) or type(model).__name__)
+    row = _table().get(kind)
+    missing = _missing(row, model) if row is not None else None
+    if row is None or missing:
+        row = _by_structure(model, config, kind)
+        if missing:
+            row = replace(row, reason=f"no module {missing!r} in this {kind}; {row.reason}")
+    row = _adapted(row, model, config)
+    for block in module(model, row.blocks).children():
+        if (expert := expert_in(block)) is not None:
+            raise UnsupportedError(_moe_message(kind, f"{expert} in its blocks"))
+    return row
+
+
+def _by_structure(model: nn.Module, config: Any, kind: str) -> Layout:
+    hidden = getattr(text_config(config), "hidden_size", None) if config is not None else None
+    longest = longest_blocks(model)
+    # Experts come first: "no MLP output projection" would be true of them, but not the reason.
+    if longest is not None and (expert := expert_in(longest[1][-1])) is not None:
+        raise UnsupportedError(_moe_message(kind, f"{expert} in its blocks"))
+    try:
+        if not isinstance(hidden, int):
+            raise LookupError("states no hidden_size, so its MLP cannot be told from its other parts")
+        found = search(model, hidden)
+    except LookupError as problem:
+        raise UnsupportedError(f"model type {kind!r} {problem}. {_see_known()}") from None
+    names = {field.name: getattr(found, field.name) for field in fields(found)}
+    return Layout(kind, mlp=found.mlp_out.rpartition(".")[0] or None, **names)
+
+
+def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
+    """What differs between checkpoints of one model type."""
+    multiplier = getattr(text_config(config), "residual_multiplier", None) if config is not None else None
+    post = row.post_norm_name(0)
+    return replace(
+        row,
+        parallel=row.parallel or any(bool(getattr(config, key, False)) for key in _PARALLEL_KEYS),
+        scales_output=float(multiplier) if isinstance(multiplier, (int, float)) else row.scales_output,
+        head=row.head if find(model, row.head) else str(output_head(model)),
+        # OPT-350M norms after each block and has no norm at the end.
+        final_norm=row.final_norm if row.final_norm and find(model, row.final_norm) else None,
+        post_mlp_norm=row.post_mlp_norm if post and find(model, post) else None,
+    )
+
+
+_PARALLEL_KEYS = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+
+
+def _missing(row: Layout, model: nn.Module) -> str | None:
+    names = (row.blocks, row.site(0).name, row.embed)
+    missing = next((name for name in names if find(model, name) is None), None)
+    # GPT-NeoX called its head embed_out in earlier versions of transformers: the name alone proves nothing.
+    return missing or (row.head if find(model, row.head) is None and output_head(model) is None else None)
+
+
+# --- the `layers` field of the hyperparameters
+
+
+def resolve_layers(
+    spec: str | Sequence[int | float], n_layers: int, default: Sequence[int | float]
+) -> tuple[list[int], str]:
+    """Block numbers for the ``layers`` field.
+
+    Args:
+        spec: ``auto``, or a list of block numbers (ints, 0 is the first) and depths (floats in [0, 1), where
+            0.5 is the middle).
+        n_layers: number of blocks of the model.
+        default: what ``auto`` stands for, in the same notation.
+
+    Returns:
+        The block numbers, sorted, each once; and one phrase that says where they come from.
+
+    Raises:
+        InputError: not a list of numbers, out of range, or a block number given twice.
+    """
+    if isinstance(spec, str):
+        if spec != "auto":
+            raise InputError(f"layers: {spec!r} is neither 'auto' nor a list such as [3, 4] or [0.2].")
+        layers, why = resolve_layers(default, n_layers, default)
+        return layers, f"auto: {why}"
+    problems: list[str] = []
+    numbers: set[int] = set()
+    depths: list[int] = []
+    for item in spec:
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            problems.append(f"layers: {item!r} is not a number. Give block numbers (3) or depths (0.2).")
+        elif isinstance(item, int):
+            if not 0 <= item < n_layers:
+                problems.append(f"layers: block {item} does not exist; there are blocks 0 to {n_layers - 1}.")
+            elif item in numbers:
+                problems.append(f"layers: block {item} is given twice.")
+            numbers.add(item)
+        elif not 0.0 <= item < 1.0:
+            problems.append(f"layers: depth {item} is not in [0, 1). Write a block number without a point.")
+        else:
+            depths.append(min(int(item * n_layers + 1e-9), n_layers - 1))  # 0.29 * 100 is 28.999...
+    if not spec:
+        problems.append("layers: the list is empty. Give block numbers, depths, or 'auto'.")
+    if problems:
+        raise InputError(problems)
+    layers = sorted(numbers | set(depths))
+    if not depths:
+        return layers, f"given, of {n_layers} blocks"
+    given = ", ".join(f"{item:g}" for item in spec)
+    merged = "" if len(layers) == len(spec) else " (those that fall on one block count once)"
+    return layers, f"depth {given} of {n_layers} blocks{merged}"

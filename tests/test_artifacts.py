@@ -1,0 +1,81 @@
+"""Files that are written in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from editunlearn import artifacts
+
+
+def _fail(*_: object) -> None:
+    raise OSError("killed")
+
+
+def test_writes_and_makes_parents(tmp_path: Path) -> None:
+    artifacts.atomic_write_bytes(tmp_path / "a" / "b.bin", b"\x00\xff")
+    artifacts.atomic_write_text(tmp_path / "t.txt", "Zoë\n")
+    artifacts.atomic_write_json(tmp_path / "j.json", {"b": 1, "a": "ü"})
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "t.txt").read_text(encoding="utf-8") == "Zoë\n"
+    assert json.loads((tmp_path / "j.json").read_text(encoding="utf-8")) == {"b": 1, "a": "ü"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "j.json", "t.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    artifacts.atomic_write_json(path, [1])
+    with pytest.raises(ValueError, match="JSON"):
+        artifacts.atomic_write_json(path, [float("nan")])
+    monkeypatch.setattr(os, "replace", _fail)
+    with pytest.raises(OSError, match="killed"):
+        artifacts.atomic_write_json(path, [2])
+    assert json.loads(path.read_text()) == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "run"
+    for text in ("old", "new"):
+        with artifacts.atomic_dir(target) as folder:
+            (folder / f"{text}.txt").write_text(text)
+    assert [p.name for p in target.iterdir()] == ["new.txt"]
+    with pytest.raises(RuntimeError, match="stop"), artifacts.atomic_dir(target) as folder:
+        (folder / "half.txt").write_text("half")
+        raise RuntimeError("stop")
+    assert [p.name for p in target.iterdir()] == ["new.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+    real = os.replace
+
+    def fail_second(source: Path, destination: Path) -> None:
+        if Path(destination) == target and ".tmp-" in Path(source).name:
+            raise OSError("killed")
+        real(source, destination)
+
+    monkeypatch.setattr(os, "replace", fail_second)
+    with pytest.raises(OSError, match="killed"), artifacts.atomic_dir(target) as folder:
+        (folder / "third.txt").write_text("third")
+    assert [p.name for p in target.iterdir()] == ["new.txt"]
+
+
+def test_a_folder_lost_between_two_renames_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with artifacts.atomic_dir(target) as folder:
+        (folder / "old.txt").write_text("old")
+    target.rename(tmp_path / ".run.previous")
+    with pytest.raises(RuntimeError), artifacts.atomic_dir(target):
+        raise RuntimeError("again")
+    assert [p.name for p in target.iterdir()] == ["old.txt"]
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000
+    (tmp_path / "x").write_bytes(data)
+    assert artifacts.sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()

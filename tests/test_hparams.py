@@ -1,0 +1,413 @@
+"""The strict loader: precedence, coercion by declared type, and one report with file, line and near names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from editunlearn import editors
+from editunlearn.errors import InputError
+from editunlearn.hparams import EditorHParams, Piece, Value, describe, load_hparams, resolved
+from editunlearn.resources import shipped_names
+
+MODEL_TYPES = (None, "gpt2", "gptj", "gpt_neox", "llama", "qwen2", "mistral", "gemma3_text")
+
+
+def write(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(source: object, **options: object) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load_hparams(source, **options)  # type: ignore[arg-type]
+    return caught.value.problems
+
+
+def problem(source: object, **options: object) -> str:
+    found = problems(source, **options)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# --- what is shipped ---
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("name", shipped_names("hparams"))
+def test_every_shipped_file_loads_for_every_model_type(name: str, model_type: str | None) -> None:
+    hp = load_hparams(name, model_type=model_type)
+    assert hp.method == Path(name).stem
+    assert load_hparams(resolved(hp)) == hp
+
+
+@pytest.mark.parametrize("method", editors.names())
+def test_every_method_has_a_tuned_and_a_published_file(method: str) -> None:
+    tuned, paper = load_hparams(method), load_hparams(f"paper/{method}")
+    assert tuned.value.scale == "relative" and tuned.refine is not None
+    assert (paper.value.scale, paper.value.penalty, paper.value.spread) == ("absolute", "norm", "residual")
+    assert paper.value.kl_on == "subject" and paper.refine is None and paper.retain.weight == 0
+
+
+def test_published_memit_follows_the_model_type() -> None:
+    assert load_hparams("paper/memit").layers == [3, 4, 5, 6, 7, 8]
+    llama = load_hparams("paper/memit", model_type="llama")
+    assert (llama.layers, llama.value.lr, llama.value.clamp) == ([4, 5, 6, 7, 8], 0.1, 0.75)
+    xl = load_hparams("paper/memit", model_type="gpt2")
+    assert (xl.moments.weight, xl.value.steps) == (20000, 19)
+
+
+@pytest.mark.parametrize("name", ["memit", "memit.yaml", Path("memit")])
+def test_shipped_names_with_and_without_suffix(name: str | Path) -> None:
+    assert load_hparams(name).method == "memit"
+
+
+def test_an_existing_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "method: memit\nvalue: {steps: 3}\n", "memit")
+    monkeypatch.chdir(tmp_path)
+    assert load_hparams("memit").value.steps == 3
+
+
+def test_a_folder_does_not_hide_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_hparams("memit").method == "memit"
+
+
+# --- precedence and coercion ---
+
+
+def test_precedence(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "method: memit\nvalue: {lr: 0.1, clamp: 1.0, steps: 7}\n"
+        "overrides:\n  llama: {value: {clamp: 2.0, steps: 8}}\n  gpt2: {value: {clamp: 9.0}}\n",
+    )
+    value = load_hparams(
+        path, model_type="llama", set=["value.steps=9", "value.kl=0.5", "value.kl=0.25"]
+    ).value
+    assert (value.lr, value.clamp, value.steps, value.kl) == (0.1, 2.0, 9, 0.25)
+    assert value.stop_loss == Value().stop_loss
+    assert load_hparams(path).value.clamp == 1.0
+    assert load_hparams(path, model_type="mistral").value.clamp == 1.0
+
+
+def test_overrides_are_applied_not_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, "method: memit\noverrides: {llama: {ridge: 0.5}}\n")
+    assert "overrides" not in resolved(load_hparams(path, model_type="llama"))
+
+
+def test_a_section_can_be_switched_off_and_on() -> None:
+    off = load_hparams("memit", set=["refine=null"])
+    assert off.refine is None
+    on = load_hparams("paper/memit", set=["refine.steps=5"])
+    assert on.refine is not None and on.refine.steps == 5
+    assert load_hparams("memit", set=["value={steps: 2, lr: 1e-2}"]).value.lr == 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("5e-1", 0.5), ("1e-3", 0.001), ("1.5e4", 15000.0), ("+.5", 0.5), ("3", 3)]
+)
+def test_floats_that_pyyaml_reads_as_text(tmp_path: Path, text: str, number: float) -> None:
+    path = write(tmp_path, f"method: memit\nvalue: {{lr: {text}, clamp: {text}}}\n")
+    hp = load_hparams(path, set=[f"moments.weight={text}"])
+    assert hp.value.lr == hp.value.clamp == hp.moments.weight == number
+    assert type(hp.value.lr) is float
+
+
+def test_only_float_fields_are_coerced() -> None:
+    assert load_hparams("memit", set=["moments.text=1e-3"]).moments.text == "1e-3"
+    assert "must be a whole number" in problem("memit", set=["value.steps=2e1"])
+    assert "must be a whole number" in problem("memit", set=["value.steps=2.0"])
+    assert "must be a number above 0" in problem("memit", set=["value.lr=true"])
+    assert "must be text" in problem("memit", set=["moments.text=3"])
+    assert "must be true or false" in problem("alphaedit", set=["past_keys=maybe"])
+    assert "must be true or false" in problem("alphaedit", set=["nullspace.relative=1"])
+
+
+def test_layers_are_block_numbers_or_depths() -> None:
+    assert load_hparams("memit", set=["layers=[4, 5]"]).layers == [4, 5]
+    depths = load_hparams("memit", set=["layers=[0.25, 5e-1, 1.0]"]).layers
+    assert depths == [0.25, 0.5, 1.0] and all(type(depth) is float for depth in depths)
+    for wrong in ("[0, 0.5, 1]", "[]", "5", "[-1]", "[true]", "[1.5]", "all", "[.nan]"):
+        assert "not both in one list" in problem("memit", set=[f"layers={wrong}"]), wrong
+    assert "ascending" in problem("memit", set=["layers=[5, 4]"])
+    assert "ascending" in problem("memit", set=["layers=[4, 4]"])
+
+
+def test_batch_size() -> None:
+    assert load_hparams("memit", set=["batch_size=4"]).batch_size == 4
+    for wrong in ("0", "true", "big", "1.5", "null"):
+        assert "auto or a whole number" in problem("memit", set=[f"batch_size={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("value.lr=0", "a number above 0"),
+        ("value.lr=.nan", "a number above 0"),
+        ("value.lr=.inf", "a number above 0"),
+        ("value.lr=0,5", "a number above 0"),
+        ("value.clamp=-1", "a number above 0, or null"),
+        ("value.kl_on=facts", "one of retain, subject"),
+        ("value.lr=null", "a number above 0"),
+        ("moments.weight=0", "a number above 0"),
+        ("moments.text=''", "text"),
+        ("value=3", "a mapping with keys steps, lr"),
+        ("value=null", "a mapping with keys steps, lr"),
+        ("paper=2", "text, or null"),
+        ("subject_token=middle", "one of last, first, prompt_last"),
+    ],
+)
+def test_bad_values_say_what_is_allowed(setting: str, allowed: str) -> None:
+    found = problem("memit", set=[setting])
+    assert f"it must be {allowed}" in found and found.startswith(
+        f"--set {setting}: {setting.split('=')[0]} is "
+    )
+
+
+def test_a_long_value_is_cut() -> None:
+    assert len(problem("memit", set=[f"value.lr={'x' * 500}"]).split("is ")[1]) < 200
+
+
+def test_method_rules() -> None:
+    assert "null space" in problem("alphaedit", set=["moments.text=none"])
+    assert "nullspace.l2" in problem("alphaedit", set=["ridge=1"])
+    assert "below 1" in problem("alphaedit", set=["nullspace.threshold=2"])
+    assert load_hparams("alphaedit", set=["nullspace.threshold=2", "nullspace.relative=false"])
+    assert load_hparams("memit", set=["moments.text=none"]).moments.text == "none"
+
+
+# --- one report with places ---
+
+
+def test_all_problems_with_lines_in_one_report(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "method: memit\n"  # 1
+        "value:\n"  # 2
+        "  clamp_norm: 0.75\n"  # 3
+        "  lr: fast\n"  # 4
+        "lr: 0.5\n"  # 5
+        "overrides:\n"  # 6
+        "  llama:\n"  # 7
+        "    value: {step: 3}\n"  # 8
+        "  gpt2:\n"  # 9
+        "    moments:\n"  # 10
+        "      weight: -1\n",  # 11
+    )
+    found = problems(path, set=["refin.steps=2"])
+    assert len(found) == 6
+    text = "\n".join(found)
+    assert (
+        f"{path}:3: unknown key 'value.clamp_norm'. Did you mean 'value.clamp'? Keys of value: steps, lr, "
+        in text
+    )
+    assert f'{path}:4: value.lr is "fast"; it must be a number above 0' in text
+    assert f"{path}:5: unknown key 'lr'. Did you mean 'value.lr'? Keys: method, layers," in text
+    assert f"{path}:8 (overrides.llama): unknown key 'value.step'. Did you mean 'value.steps'?" in text
+    assert f"{path}:11 (overrides.gpt2): moments.weight is -1; it must be a number above 0" in text
+    assert "--set refin.steps=2: unknown key 'refin'. Did you mean 'refine'?" in text
+
+
+def test_a_bad_value_that_is_replaced_is_not_reported(tmp_path: Path) -> None:
+    path = write(tmp_path, "method: memit\nvalue: {lr: fast}\n")
+    assert load_hparams(path, set=["value.lr=0.1"]).value.lr == 0.1
+
+
+def test_shipped_files_are_named_in_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "hparams"
+    shipped.mkdir()
+    write(shipped, "method: memit\nvalue: {lrr: 1}\n", "memit.yaml")
+    monkeypatch.setattr("editunlearn.resources.shipped_dir", lambda kind: shipped)
+    assert problem("memit").startswith("hparams/memit.yaml:2: unknown key 'value.lrr'")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the file is empty"),
+        ("# only a comment\n", "the file is empty"),
+        ("- memit\n", ":1: expected keys and values"),
+        ("memit\n", ":1: expected keys and values"),
+        ("method: memit\nvalue: {lr: [1\n", "not valid YAML"),
+        ("method: memit\n---\nmethod: rome\n", ":2: not valid YAML"),
+        ("method: !!python/object:os.system {}\n", ":1: not valid YAML"),
+        ("method: memit\npaper: 2020-13-45\n", "not valid YAML"),
+        ("method: memit\npaper: \x01\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("method: memit\nvalue: *gone\n", ":2: not valid YAML"),
+        ("method: memit\nvalue: &a {lr: *a}\n", ":2: an alias (*) refers to the mapping or list"),
+        ("method: memit\nmethod: rome\n", ":2: key 'method' is already set on line 1"),
+        ("method: memit\nvalue:\n  lr: 1\n  lr: 2\n", ":4: key 'value.lr' is already set on line 3"),
+        ("method: memit\n3: 4\n", ":2: key '3' is not text"),
+        ("method: memit\non: 4\n", ":2: key 'on' is not text; put it in quotes"),
+        ("method: memit\n[a, b]: 4\n", ":2: key 'a sequence' is not text"),
+        ("value: {lr: 0.1}\n", "no 'method'. Add 'method: NAME'; methods: rome, r_rome, memit"),
+        ("method: memitt\n", ":1: unknown method 'memitt'. Did you mean 'memit'? Methods: rome,"),
+        ("method: [memit]\n", ":1: unknown method ['memit']. Methods: rome,"),
+        ("method: memit\noverrides: 3\n", ":2: overrides is 3; it must map a model type"),
+        ("method: memit\noverrides: {llama: 3}\n", ":2: overrides.llama is 3; it must be a mapping"),
+        (
+            "method: memit\noverrides: {llama: {method: rome}}\n",
+            ":2: overrides.llama.method: one file is for one",
+        ),
+    ],
+)
+def test_malformed_files(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, text)
+    found = problem(path)
+    assert found.startswith(f"{path}:") and expected in found
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(b"method: memit\npaper: \xff\xfe\n")
+    assert "not UTF-8 text (byte 21)" in problem(path)
+
+
+def test_byte_order_mark_and_merge_keys_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "method: memit\nvalue: &v {lr: 0.5}\noverrides: {llama: {value: {<<: *v, steps: 2}}}\n", "utf-8-sig"
+    )
+    assert load_hparams(path, model_type="llama").value.steps == 2
+
+
+def test_shared_anchors_do_not_share_changes(tmp_path: Path) -> None:
+    path = write(tmp_path, "method: memit\noverrides: {llama: &o {value: {lr: 0.5}}, mistral: *o}\n")
+    load_hparams(path, model_type="llama", set=["value.lr=0.25"])
+    assert load_hparams(path, model_type="mistral").value.lr == 0.5
+
+
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "method: memit\n")
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert problem(path) == f"{path}: cannot be read: Permission denied."
+
+
+def test_unknown_sources(tmp_path: Path) -> None:
+    found = problem("mmit")
+    assert "'mmit' is neither a file nor a shipped hparams name. Did you mean 'memit'? Shipped: " in found
+    assert "paper/memit" in found
+    assert "is a folder, not a file" in problem(tmp_path)
+    assert "neither a file" in problem("x" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("value.lr", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("value..lr=3", "expected KEY=VALUE"),
+        ("value.lr=", "no value after '='. Write value.lr=null"),
+        ("value.lr=[1", "not valid YAML"),
+        ("value={lr: 1, lr: 2}", "key 'value.lr' is already set"),
+        ("value.lr=1\nfoo: 2", "more than one line"),
+        ("overrides.llama.ridge=1", "overrides is for files"),
+        ("value.lr.deep=1", 'value.lr is {"deep": 1}; it must be a number'),
+        ("value.klon=subject", "Did you mean 'value.kl_on'?"),
+        ("clamp=3", "Did you mean 'value.clamp'?"),
+        ("zzz=3", "unknown key 'zzz'. Keys: method,"),
+    ],
+)
+def test_bad_set(setting: str, expected: str) -> None:
+    found = problem("memit", set=[setting])
+    assert found.startswith("--set ") and expected in found
+
+
+def test_set_problems_are_all_reported() -> None:
+    assert len(problems("memit", set=["value.lr=fast", "nonsense", "value.steps=0", "zzz=1"])) == 4
+
+
+def test_mapping_sources() -> None:
+    source = {"method": "memit", "value": {"lr": "5e-1"}, "overrides": {"llama": {"value": {"lr": 0.25}}}}
+    assert load_hparams(source, model_type="llama").value.lr == 0.25
+    assert source["value"] == {"lr": "5e-1"} and "overrides" in source
+    assert problem({"method": "memit", "lrr": 1}).startswith("hparams: unknown key 'lrr'")
+    assert problem({"method": "memit", 3: 1}) == "hparams: key 3 is not text."
+    assert "hparams: value.3" in problem({"method": "memit", "value": {3: 1}})
+
+
+def test_unknown_format() -> None:
+    assert "Formats: editunlearn, easyedit" in problem("memit", format="rome")
+
+
+# --- schemas ---
+
+
+def pieces(model: type[BaseModel] = Piece) -> list[type[BaseModel]]:
+    return [model, *(deep for sub in model.__subclasses__() for deep in pieces(sub))]
+
+
+def test_every_field_has_a_one_sentence_description() -> None:
+    for method in editors.names():
+        editors.schema(method)
+    for model in pieces():
+        for name, field in model.model_fields.items():
+            assert field.description and field.description.endswith("."), f"{model.__name__}.{name}"
+
+
+def test_schemas_are_frozen_and_strict() -> None:
+    hp = load_hparams("memit")
+    with pytest.raises(ValidationError):
+        hp.method = "rome"
+    with pytest.raises(ValidationError):
+        Value(lrr=1)  # type: ignore[call-arg]
+
+
+def test_describe_names_every_setting_once() -> None:
+    rows = describe(load_hparams("memit", set=["value.lr=0.125"]))
+    keys = [row.key for row in rows]
+    assert len(keys) == len(set(keys)) and {"value.clamp", "refine.steps", "layers"} <= set(keys)
+    by_key = {row.key: row for row in rows}
+    assert by_key["value.lr"].value == 0.125 and not by_key["value.lr"].is_default
+    assert by_key["value.clamp"].is_default
+    assert by_key["value.clamp"].description.endswith("Allowed: a number above 0, or null.")
+    closed = {row.key: row for row in describe(load_hparams("memit", set=["refine=null"]))}
+    assert closed["refine"].value is None and not closed["refine"].is_default
+
+
+def test_registry() -> None:
+    assert editors.names() == ["rome", "r_rome", "memit", "emmet", "alphaedit"]
+    for method in editors.names():
+        schema = editors.schema(method)
+        assert issubclass(schema, EditorHParams) and schema().method == method  # type: ignore[call-arg]
+        assert editors.module(method).HParams is schema
+    with pytest.raises(InputError, match="unknown method 'r-rome'. Did you mean 'r_rome'"):
+        editors.module("r-rome")
+    with pytest.raises(InputError, match="Methods: rome, r_rome, memit, emmet, alphaedit"):
+        editors.schema("zzz")
+
+
+def test_defaults_of_the_methods() -> None:
+    defaults = {method: editors.schema(method)() for method in editors.names()}  # type: ignore[call-arg]
+    assert {method: hp.ridge for method, hp in defaults.items()} == {
+        "rome": 0,
+        "r_rome": 0,
+        "memit": 1,
+        "emmet": 0.1,
+        "alphaedit": 0,
+    }
+    assert not resolved(defaults["rome"])["consistent_key"] and resolved(defaults["r_rome"])["consistent_key"]
+    assert resolved(defaults["alphaedit"])["past_keys"]
+
+
+def test_loading_settings_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from editunlearn.hparams import load_hparams; from editunlearn import console; "
+        "load_hparams('memit'); "
+        "print({'torch', 'transformers', 'datasets', 'numpy', 'rich', 'tqdm'} & set(sys.modules))"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip() == "set()"
