@@ -42,12 +42,6 @@ def _layers(value: Any) -> Any:
     return layers
 
 
-def _batch_size(value: Any) -> Any:
-    if value != "auto" and not (type(value) is int and value >= 1):
-        raise ValueError(f"batch_size is {value!r}; it must be auto or a whole number, at least 1.")
-    return value
-
-
 Real = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_number)]
 Whole = Annotated[int, Strict()]
 Layers = Annotated[
@@ -56,11 +50,6 @@ Layers = Annotated[
     Field(
         json_schema_extra={"allowed": "auto, or a list of block numbers, or a list of depths from 0.0 to 1.0"}
     ),
-]
-BatchSize = Annotated[
-    int | Literal["auto"],
-    BeforeValidator(_batch_size),
-    Field(json_schema_extra={"allowed": "auto, or a whole number, at least 1"}),
 ]
 
 
@@ -99,9 +88,10 @@ class Value(Piece):
         description="Penalise the squared relative norm, or as published norm over squared norm.",
     )
     kl: Real = Field(default=0.0625, ge=0, description="Weight of the KL divergence to the unedited model.")
-    kl_on: Literal["retain", "subject"] = Field(
-        default="retain",
-        description="Measure it on real retain prompts, or as published at the subject's last token.",
+    kl_on: Literal["prompts", "subject"] = Field(
+        default="prompts",
+        description="Measure it at the end of retain prompts that are given the fact's subject, "
+        "or as published at the last token of the subject, before its relation is known.",
     )
     stop_loss: Real = Field(default=0.05, ge=0, description="A fact is done when its loss falls below this.")
     spread: Literal["joint", "residual"] = Field(
@@ -137,7 +127,7 @@ class NullSpace(Piece):
         default=0.02, gt=0, description="Directions of C with less energy than this are free."
     )
     relative: bool = Field(
-        default=True, strict=True, description="Measure the threshold against the largest eigenvalue."
+        default=True, strict=True, description="Measure the threshold against the mean eigenvalue."
     )
     l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
 
@@ -155,16 +145,21 @@ class Refine(Piece):
 
     steps: Whole = Field(default=40, ge=1, description="Updates of Adam.")
     lr: Real = Field(default=0.3, gt=0, description="Learning rate relative to the size of the left factors.")
-    kl: Real = Field(
-        default=10.0, ge=0, description="Weight of the KL divergence on retain prompts and text."
+    kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
+    text_kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on generic text.")
+    floor: Real = Field(
+        default=0.05, ge=0, description="A target whose loss is at or below this no longer counts."
     )
-    retain_batch: Whole = Field(default=64, ge=0, description="Retain prompts per step.")
-    text_batch: Whole = Field(default=2, ge=0, description="Sequences of general text per step.")
-    text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
+    forget_batch: Whole = Field(default=40, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(
-        default=2, ge=0, description="Context prefixes per fact and step besides the bare prompt."
+        default=2, ge=1, description="Contexts per fact and step: the bare prompt and others."
     )
-    seed: Whole = Field(default=0, ge=0, description="Seed of the sampling.")
+    retain_batch: Whole = Field(default=64, ge=1, description="Prompts to keep per step.")
+    text_batch: Whole = Field(default=2, ge=1, description="Sequences of generic text per step.")
+    text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
+    batch_tokens: Whole = Field(
+        default=1024, ge=1, description="Tokens in memory at a time; changes memory, not results."
+    )
 
 
 class EditorHParams(Piece):
@@ -186,9 +181,9 @@ class EditorHParams(Piece):
     refine: Refine | None = Field(
         default_factory=Refine, description="Training after the closed form; null for the closed form alone."
     )
-    ridge: Real = Field(default=1.0, ge=0, description="Slack in the constraints key -> value.")
-    batch_size: BatchSize = Field(
-        default="auto", description="Facts optimised at a time; changes memory, not results."
+    seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
+    batch_tokens: Whole = Field(
+        default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
     )
     paper: str | None = Field(
         default=None, description="Where the method comes from; goes to the model card."

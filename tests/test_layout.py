@@ -9,18 +9,19 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoModelForCausalLM, pytorch_utils
 
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm import layout as lay
 
+CONV1D: Any = pytorch_utils.Conv1D
+MODELS: Any = AutoModelForCausalLM
 MORE_TYPES = (
-    "olmo", "olmo3", "granite", "stablelm", "starcoder2", "cohere", "cohere2", "smollm3", "glm", "glm4", "helium",
-    "nemotron", "ministral", "exaone4", "arcee", "seed_oss", "apertus", "hunyuan_v1_dense", "ernie4_5", "codegen",
-    "gpt_neo", "gpt_bigcode", "mpt",
+    "olmo", "olmo3", "granite", "stablelm", "starcoder2", "cohere", "cohere2", "smollm3", "glm", "glm4",
+    "helium", "nemotron", "ministral", "exaone4", "arcee", "seed_oss", "apertus", "hunyuan_v1_dense",
+    "ernie4_5", "codegen", "gpt_neo", "gpt_bigcode", "mpt",
 )  # fmt: skip
-NEEDED = {
+NEEDED: dict[str, dict[str, Any]] = {
     "codegen": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 88, "rotary_dim": 4},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 88},
     "gpt_neo": {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "attention_types": [[["global"], 3]]},
@@ -32,7 +33,7 @@ def any_model(model_type: str) -> Any:
     if model_type in tiny.TYPES:
         return tiny.make(model_type)
     common = {"vocab_size": tiny.VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    named = {
+    named: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 88,
         "num_hidden_layers": 3,
@@ -49,7 +50,7 @@ def any_model(model_type: str) -> Any:
     config = AutoConfig.for_model(model_type, **common, **NEEDED.get(model_type, named))
     config.initializer_range = 0.1
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return MODELS.from_config(config, attn_implementation="eager").eval()
 
 
 def observe(model: nn.Module, layout: lay.Layout, layer: int) -> dict[str, torch.Tensor]:
@@ -132,7 +133,7 @@ def test_granite_scales_its_mlp_output() -> None:
         "granite", hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=50, residual_multiplier=0.22,
     )  # fmt: skip
-    assert lay.layout_of(AutoModelForCausalLM.from_config(config)).scales_output == pytest.approx(0.22)
+    assert lay.layout_of(MODELS.from_config(config)).scales_output == pytest.approx(0.22)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +154,14 @@ def test_parallel_blocks(model_type: str, flags: dict[str, bool], parallel: bool
     for key, value in flags.items():
         setattr(config, key, value)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = MODELS.from_config(config)
     assert lay.layout_of(model).parallel is parallel
 
 
 def test_opt_without_final_norm() -> None:
     config = tiny.config("opt")
     config.do_layer_norm_before = False
-    layout = lay.layout_of(AutoModelForCausalLM.from_config(config))
+    layout = lay.layout_of(MODELS.from_config(config))
     assert layout.final_norm is None and layout.flattens and layout.mlp is None
 
 
@@ -170,7 +171,7 @@ def test_gemma3_wrapper() -> None:
     vision |= {"image_size": 28, "patch_size": 14}
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = MODELS.from_config(config)
     lay.check_config(config)
     layout = lay.layout_of(model)
     assert layout.site(2).name == "model.language_model.layers.2.mlp.down_proj"
@@ -236,7 +237,7 @@ def test_structural_fallback() -> None:
 
 @pytest.mark.parametrize("model_type", tiny.TYPES)
 def test_structure_agrees_with_the_table(model_type: str) -> None:
-    model = tiny.make(model_type)
+    model: Any = tiny.make(model_type)
     known = lay.layout_of(model)
     model.config.model_type = "nobody-knows"
     found = lay.layout_of(model)
@@ -284,7 +285,7 @@ def test_experts_in_the_blocks() -> None:
 
 
 def test_no_head() -> None:
-    model = tiny.make("llama").model
+    model: Any = tiny.make("llama").model
     model.config.model_type = "bare"
     with pytest.raises(UnsupportedError, match="no language-model head"):
         lay.layout_of(model)
@@ -298,7 +299,7 @@ def test_real_mixture_of_experts_from_config_and_from_model() -> None:
     with pytest.raises(UnsupportedError, match=r"'mixtral' is a mixture of experts \(4 experts"):
         lay.check_config(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = MODELS.from_config(config)
     with pytest.raises(UnsupportedError, match="'mixtral' is a mixture of experts"):
         lay.layout_of(model)
 
@@ -338,7 +339,7 @@ def test_unknown_module() -> None:
 @pytest.mark.parametrize("transposed", [True, False])
 def test_orientation_by_type_not_by_shape(inside: int, outside: int, transposed: bool) -> None:
     model = nn.Module()
-    model.proj = Conv1D(outside, inside) if transposed else nn.Linear(inside, outside)
+    model.proj = CONV1D(outside, inside) if transposed else nn.Linear(inside, outside)
     weight = lay.read_weight(model, "proj")
     assert weight.shape == (outside, inside)
     assert lay.is_transposed(model, "proj") is transposed

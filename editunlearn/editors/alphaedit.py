@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from editunlearn.hparams import EditorHParams, Moments, NullSpace, Real
+from editunlearn.hparams import EditorHParams, Moments, NullSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from editunlearn.editors.closed_form import SiteProblem
+
+DEFAULT_LAYERS = (0.12, 0.18, 0.24, 0.30)
+"""Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last (benchmarks/tune.py)."""
 
 
 class HParams(EditorHParams):
@@ -15,13 +23,6 @@ class HParams(EditorHParams):
     method: Literal["alphaedit"] = Field(default="alphaedit", description="Name of the method.")
     nullspace: NullSpace = Field(
         default_factory=NullSpace, description="Which directions of the keys may change."
-    )
-    ridge: Real = Field(
-        default=0.0, ge=0, description="Not used here: nullspace.l2 is the slack of AlphaEdit."
-    )
-    past_keys: bool = Field(
-        default=True,
-        description="Also protect the keys of earlier edits when facts are edited in several batches.",
     )
     paper: str | None = Field(
         default="https://arxiv.org/abs/2410.02355", description="Where the method comes from."
@@ -36,9 +37,20 @@ class HParams(EditorHParams):
             )
         return moments
 
-    @field_validator("ridge")
-    @classmethod
-    def _ridge_stays_zero(cls, ridge: float) -> float:
-        if ridge != 0.0:
-            raise ValueError(f"ridge is {ridge:g}, but alphaedit does not use it. Set nullspace.l2 instead.")
-        return ridge
+
+def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
+    """``R K^T P (K_p K_p^T P + K K^T P + l2 I)^-1`` (paper, eq. 14) on projected keys.
+
+    Retained facts take part twice: they are added to the moment whose null space is taken (``retain.weight`` against
+    ``moments.weight``), and what of their keys lies in the null space all the same counts as keys already written.
+    """
+    import torch
+
+    from editunlearn.numerics import projector, solve
+
+    share = hp.retain.weight / hp.moments.weight
+    moment = solve.preservation(problem.moment, 1.0, problem.retain, share, dim=problem.keys.shape[1])
+    removed = projector.protected_basis(moment, hp.nullspace.threshold, relative=hp.nullspace.relative)
+    held = torch.cat([problem.past, hp.retain.weight**0.5 * problem.retain])
+    rows = solve.projected_recognisers(problem.keys, removed, hp.nullspace.l2, held)
+    return problem.residuals.double().T, rows

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from editunlearn.hparams import EditorHParams, Real
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from editunlearn.editors.closed_form import SiteProblem
+
+DEFAULT_LAYERS = (0.18,)
+"""Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last (benchmarks/tune.py)."""
 
 
 class HParams(EditorHParams):
@@ -19,3 +27,10 @@ class HParams(EditorHParams):
     paper: str | None = Field(
         default="https://arxiv.org/abs/2403.14236", description="Where the method comes from."
     )
+
+
+def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
+    """Equality-constrained batch edit (paper, eq. 10) with ``ridge`` on the inner system; the same solver as MEMIT."""
+    from editunlearn.editors.closed_form import least_squares
+
+    return least_squares(problem, hp)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 
-def collect(lm: LM, rows: Sequence[Row], sites: Sequence[Site], *, warn: Callable[[str], None] = lambda _: None) -> dict[str, Tensor]:
+def collect(
+    lm: LM, rows: Sequence[Row], sites: Sequence[Site], *, warn: Callable[[str], None] = lambda _: None
+) -> dict[str, Tensor]:
     """Input of each site at each row's lookup token, in one truncated pass for all sites.
 
     Returns:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from editunlearn.hparams import EditorHParams, Real
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from editunlearn.editors.closed_form import SiteProblem
+
+DEFAULT_LAYERS = (0.12, 0.18, 0.24, 0.30)
+"""Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last (benchmarks/tune.py)."""
 
 
 class HParams(EditorHParams):
@@ -19,3 +27,10 @@ class HParams(EditorHParams):
     paper: str | None = Field(
         default="https://arxiv.org/abs/2210.07229", description="Where the method comes from."
     )
+
+
+def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
+    """``dW = R (w C + K K^T)^-1``-weighted least squares over the batch (paper, eq. 14), in its dual form."""
+    from editunlearn.editors.closed_form import least_squares
+
+    return least_squares(problem, hp)

@@ -10,21 +10,28 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from editunlearn.errors import NumericalError
-from editunlearn.editors.values import kl, mean_by
 from editunlearn.lm.batching import by_length
-from editunlearn.lm.hooks import at_scored_positions, first_tensor, on_output, stack
-from editunlearn.lm.tokens import Row, batch
+from editunlearn.lm.hooks import on_input, on_output, stack
+from editunlearn.lm.likelihood import logits_of, target_logits
+from editunlearn.lm.tokens import Batch, Row, batch
+from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Refine
     from editunlearn.lm.loading import LM
+    from editunlearn.workspace import Workspace
+
+
+CHECKPOINT = 5
+"""Steps between two states that an interrupted run can go on from."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,9 @@ def refine(
     goals: Goals,
     hp: Refine,
     *,
+    seed: int = 0,
+    work: Workspace | None = None,
+    already: Callable[[int], None] = lambda _: None,
     report: Callable[[int, float, float, float], None] = lambda *_: None,
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
@@ -65,6 +75,8 @@ def refine(
     Adam on all left factors, step ``hp.lr`` times the mean absolute left factor of the module, cosine decay.
 
     Args:
+        work: keeps the state every few steps, so that an interrupted run goes on there.
+        already: called with the number of steps that an interrupted run had made.
         report: called with (step, NLL, retain KL, text KL) after every step.
 
     Raises:
@@ -73,30 +85,84 @@ def refine(
     left = {name: pair[0].to(lm.device).clone().requires_grad_(True) for name, pair in factors.items()}
     right = {name: pair[1].to(lm.device) for name, pair in factors.items()}
     sizes = {name: float(value.detach().abs().mean()) for name, value in left.items()}
-    optimiser = torch.optim.Adam([{"params": [value], "lr": hp.lr * sizes[name]} for name, value in left.items()])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * s / hp.steps)))
+    optimiser = torch.optim.Adam(
+        [{"params": [value], "lr": hp.lr * sizes[name]} for name, value in left.items()]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * s / hp.steps))
+    )
     hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
-    draw = _Draw(goals, hp)
+    draw = _Draw(goals, hp, seed)
+    retain, generic = _Keep(lm, goals.retain), _Keep(lm, goals.text)
+
+    def change() -> AbstractContextManager[None]:
+        hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
+        return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
+
+    start = _restore(work, left, optimiser)
+    already(start)
     for step in range(hp.steps):
+        batch_of_step = draw.forget(), draw.retain(), draw.text()
+        if step < start:
+            schedule.step()
+            continue
         optimiser.zero_grad()
-        with stack([on_output(lm.layout.module(lm.model, name), low_rank_hook(left[name], right[name])) for name in left]):
-            nll = _forget(lm, draw.forget(), hp)
-        kept = _keep(lm, left, right, draw.retain(), hp.kl, hp)
-        text = _keep(lm, left, right, draw.text(), hp.text_kl, hp)
+        with stack(
+            [
+                on_output(lm.layout.module(lm.model, name), low_rank_hook(left[name], right[name]))
+                for name in left
+            ]
+        ):
+            nll = _forget(lm, batch_of_step[0], hp)
+        kept = retain.loss(change, batch_of_step[1], hp.kl, hp)
+        text = generic.loss(change, batch_of_step[2], hp.text_kl, hp)
         if not all(map(math.isfinite, (nll, kept, text))):
-            raise NumericalError(f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr")
+            raise NumericalError(
+                f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr"
+            )
         optimiser.step()
         schedule.step()
+        if work is not None and (step + 1) % CHECKPOINT == 0:
+            _keep_state(work, step + 1, left, optimiser)
         report(step, nll, kept, text)
     return {name: value.detach().cpu() for name, value in left.items()}
+
+
+def _keep_state(
+    work: Workspace, step: int, left: dict[str, Tensor], optimiser: torch.optim.Optimizer
+) -> None:
+    state = {"step": torch.tensor(step)}
+    for name, value in left.items():
+        adam = optimiser.state[value]
+        state |= {
+            f"{name}.left": value,
+            f"{name}.first": adam["exp_avg"],
+            f"{name}.second": adam["exp_avg_sq"],
+        }
+    work.put("refine", state)
+
+
+def _restore(work: Workspace | None, left: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
+    """Put back the state that was kept last; returns the number of steps done."""
+    kept = work.get("refine") if work is not None else None
+    if kept is None:
+        return 0
+    for name, value in left.items():
+        value.data.copy_(kept[f"{name}.left"])
+        moments = {
+            "exp_avg": kept[f"{name}.first"].to(value.device),
+            "exp_avg_sq": kept[f"{name}.second"].to(value.device),
+        }
+        optimiser.state[value] = {"step": kept["step"].float(), **moments}
+    return int(kept["step"])
 
 
 class _Draw:
     """Seeded choice of what each step sees; every pool is gone through in a shuffled order before anything comes twice."""
 
-    def __init__(self, goals: Goals, hp: Refine) -> None:
+    def __init__(self, goals: Goals, hp: Refine, seed: int) -> None:
         self.goals, self.hp = goals, hp
-        self.random = random.Random(hp.seed)  # noqa: S311 - sampling, not cryptography
+        self.random = random.Random(seed)
         self.waiting: dict[str, list[int]] = {}
 
     def _next(self, pool: str, size: int, count: int) -> list[int]:
@@ -116,11 +182,13 @@ class _Draw:
             chosen.append([rows[0], *others])
         return chosen
 
-    def retain(self) -> list[Row]:
-        return [self.goals.retain[i] for i in self._next("retain", len(self.goals.retain), self.hp.retain_batch)]
+    def retain(self) -> list[int]:
+        """Numbers of the prompts to keep."""
+        return self._next("retain", len(self.goals.retain), self.hp.retain_batch)
 
-    def text(self) -> list[Row]:
-        return [self.goals.text[i] for i in self._next("text", len(self.goals.text), self.hp.text_batch)]
+    def text(self) -> list[int]:
+        """Numbers of the text windows."""
+        return self._next("text", len(self.goals.text), self.hp.text_batch)
 
 
 def _forget(lm: LM, facts: Sequence[Sequence[Row]], hp: Refine) -> float:
@@ -130,26 +198,50 @@ def _forget(lm: LM, facts: Sequence[Sequence[Row]], hp: Refine) -> float:
     total = 0.0
     for part in by_length([len(r.ids) for r, _ in rows], hp.batch_tokens):
         padded = batch([rows[i][0] for i in part], lm.pad_id, lm.device)
-        with at_scored_positions(lm.model.get_output_embeddings(), padded.targets):
-            logits = first_tensor(lm.model(**padded.inputs, use_cache=False).logits)[0]
-        token = nn.functional.cross_entropy(logits.float(), padded.labels, reduction="none")
-        nll = mean_by(token, padded.owners, len(part))
+        token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
+        nll = losses.mean_by(token, padded.owners, len(part))
         ((nll - hp.floor).clamp(min=0) * weight[part]).sum().backward()
         total += float((nll.detach() * weight[part]).sum())
     return total
 
 
-def _keep(lm: LM, left: dict[str, Tensor], right: dict[str, Tensor], rows: Sequence[Row], strength: float, hp: Refine) -> float:
-    """Mean KL(unedited || edited) over the scored positions of ``rows``; ``strength`` times its gradient is added to the left factors."""
-    total, count = 0.0, sum(len(r.ids) - r.prompt_length for r in rows)
-    for part in by_length([len(r.ids) for r in rows], hp.batch_tokens):
-        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
-        with at_scored_positions(lm.model.get_output_embeddings(), padded.targets):
-            with torch.no_grad():
-                base = first_tensor(lm.model(**padded.inputs, use_cache=False).logits)[0]
-            with stack([on_output(lm.layout.module(lm.model, name), low_rank_hook(left[name], right[name])) for name in left]):
-                edited = first_tensor(lm.model(**padded.inputs, use_cache=False).logits)[0]
-        loss = kl(base, edited).sum() / count
-        (strength * loss).backward()
-        total += float(loss.detach())
-    return total
+class _Keep:
+    """Prompts or text whose next-token distributions are to stay those of the unedited model.
+
+    Of the unedited model only the hidden states before the head are kept (a few kilobytes a row), found when a row first comes up.
+    """
+
+    def __init__(self, lm: LM, rows: Sequence[Row]) -> None:
+        self.lm, self.rows = lm, rows
+        self.hidden: dict[int, Tensor] = {}
+
+    def loss(self, change: Callable[[], AbstractContextManager[None]], chosen: Sequence[int], strength: float, hp: Refine) -> float:
+        """Mean KL(unedited || edited) over the scored positions of the rows ``chosen``; adds ``strength`` times its gradient.
+
+        Args:
+            change: makes a context in which the model computes with the edit.
+        """
+        count = sum(len(self.rows[i].ids) - self.rows[i].prompt_length for i in chosen)
+        total = 0.0
+        for part in by_length([len(self.rows[i].ids) for i in chosen], hp.batch_tokens):
+            members = [chosen[i] for i in part]
+            padded = batch([self.rows[i] for i in members], self.lm.pad_id, self.lm.device)
+            base = self._base(members, padded)
+            with change():
+                edited = target_logits(self.lm, padded)
+            loss = losses.kl(base, edited).sum() / count
+            if strength > 0:
+                (strength * loss).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
+
+    @torch.no_grad()
+    def _base(self, members: Sequence[int], padded: Batch) -> Tensor:
+        """Logits of the unedited model at the scored positions of ``padded``."""
+        if any(i not in self.hidden for i in members):
+            before_head: list[Tensor] = []
+            with on_input(self.lm.model.get_output_embeddings(), lambda h: before_head.append(h[padded.targets])):
+                target_logits(self.lm, padded)
+            sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
+            self.hidden.update(zip(members, before_head[0].split(sizes), strict=True))
+        return logits_of(self.lm, torch.cat([self.hidden[i] for i in members]))

@@ -6,9 +6,10 @@ so that a fact alone gives what it gives in a batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import at_scored_positions, first_tensor, on_output, stack
 from editunlearn.lm.tokens import Batch, Row, batch
+from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Value
     from editunlearn.lm.loading import LM
+    from editunlearn.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,39 @@ class Values:
     loss: Tensor
     steps: Tensor
 
+    NAMES: ClassVar[tuple[str, ...]] = ("change", "clean", "loss", "steps")
+
+    def at(self, index: int) -> Values:
+        """One fact's part, without the leading dimension."""
+        return Values(*(getattr(self, name)[index] for name in self.NAMES))
+
+
+class Store:
+    """Finished batches of values in a workspace."""
+
+    def __init__(self, work: Workspace | None) -> None:
+        self.work = work
+        self.names: list[str] = []
+
+    def _name(self, part: Sequence[int]) -> str:
+        return "values-" + hashlib.sha256(repr(list(part)).encode()).hexdigest()[:16]
+
+    def get(self, part: Sequence[int]) -> Values | None:
+        """The values of the problems ``part``, if an earlier run finished exactly that batch."""
+        kept = self.work.get(self._name(part)) if self.work else None
+        self.names.append(self._name(part))
+        return Values(**kept) if kept else None
+
+    def put(self, part: Sequence[int], found: Values) -> None:
+        """Keep the values of a batch."""
+        if self.work:
+            self.work.put(self._name(part), vars(found))
+
+    def clear(self) -> None:
+        """Remove the batches; the caller has kept the whole."""
+        for name in self.names if self.work else []:
+            self.work.drop(name)  # type: ignore[union-attr]
+
 
 def optimise(
     lm: LM,
@@ -59,7 +95,8 @@ def optimise(
     modules: Sequence[str],
     hparams: Value,
     *,
-    tokens: int = 8192,
+    tokens: int = 2048,
+    store: Store | None = None,
     progress: Callable[[int], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Values:
@@ -72,25 +109,27 @@ def optimise(
 
     Args:
         tokens: padded tokens of one batch of facts.
+        store: keeps finished batches, so that an interrupted run goes on after them.
 
     Raises:
         NumericalError: a loss that is not finite; names the problem's index.
     """
-    results: dict[int, tuple[Tensor, Tensor, float, int]] = {}
+    store = store or Store(None)
+    results: dict[int, Values] = {}
 
     def run(part: Sequence[int]) -> None:
-        chunk = _Chunk(lm, [problems[i] for i in part], modules, hparams)
-        results.update(zip(part, chunk.solve([int(i) for i in part]), strict=True))
+        found = store.get(part)
+        if found is None:
+            found = _Chunk(lm, [problems[i] for i in part], modules, hparams).solve(part)
+            store.put(part, found)
+        for k, i in enumerate(part):
+            results[i] = found.at(k)
         progress(len(part))
 
     sizes = [max(len(r.ids) for r in p.rows + p.pinned) * (len(p.rows) + len(p.pinned)) for p in problems]
     halving(by_length(sizes, tokens), run, warn)
-    ordered = [results[i] for i in range(len(problems))]
     return Values(
-        change=torch.stack([r[0] for r in ordered]),
-        clean=torch.stack([r[1] for r in ordered]),
-        loss=torch.tensor([r[2] for r in ordered]),
-        steps=torch.tensor([r[3] for r in ordered]),
+        *(torch.stack([getattr(results[i], name) for i in range(len(problems))]) for name in Values.NAMES)
     )
 
 
@@ -103,7 +142,9 @@ class _Chunk:
         self.head: nn.Module = lm.model.get_output_embeddings()
         self.clean = self._clean_outputs()
         norm = self.clean.norm(dim=-1, keepdim=True)
-        self.unit = norm / self.clean.shape[-1] ** 0.5 if hparams.scale == "relative" else torch.ones_like(norm)
+        self.unit = (
+            norm / self.clean.shape[-1] ** 0.5 if hparams.scale == "relative" else torch.ones_like(norm)
+        )
         self.norm = norm
 
     def _clean_outputs(self) -> Tensor:
@@ -117,11 +158,16 @@ class _Chunk:
 
         nothing = torch.zeros_like(padded.input_ids, dtype=torch.bool)
         nothing[0, 0] = True
-        with torch.no_grad(), stack([on_output(m, see) for m in self.modules]), at_scored_positions(self.head, nothing):
+        with (
+            torch.no_grad(),
+            stack([on_output(m, see) for m in self.modules]),
+            at_scored_positions(self.head, nothing),
+        ):
             self.lm.model(**padded.inputs, use_cache=False)
         return torch.stack(seen, dim=1)
 
-    def solve(self, names: Sequence[int]) -> list[tuple[Tensor, Tensor, float, int]]:
+    def solve(self, names: Sequence[int]) -> Values:
+        """Adam until every fact has converged or used up its steps; ``names`` are the facts' numbers for messages."""
         hp = self.hparams
         step = torch.zeros_like(self.clean)
         state = [torch.zeros_like(step), torch.zeros_like(step)]
@@ -134,33 +180,46 @@ class _Chunk:
             nll, total = self._loss(active, now, base)
             if not torch.isfinite(total).all():
                 bad = names[active[int((~torch.isfinite(total)).nonzero()[0])]]
-                raise NumericalError(f"the value of fact number {bad + 1} has a loss that is not finite; try a smaller value.lr or float32")
+                raise NumericalError(
+                    f"the value of fact number {bad + 1} has a loss that is not finite; try a smaller value.lr or float32"
+                )
             loss[active] = nll.detach().cpu()
             keep = [i for i in range(len(active)) if nll[i] >= hp.stop_loss]
             if iteration == hp.steps or not keep:
                 break
             (grad,) = torch.autograd.grad(total.sum(), now)
             moved = [active[i] for i in keep]
-            step[moved] = self._adam(step[moved], grad[keep], [s[moved] for s in state], iteration, state, moved)
+            step[moved] = self._adam(
+                step[moved], grad[keep], [s[moved] for s in state], iteration, state, moved
+            )
             steps[moved] += 1
             active = moved
-        change = (step * self.unit).cpu()
-        return [(change[i], self.clean[i].cpu(), float(loss[i]), int(steps[i])) for i in range(len(self.problems))]
+        return Values((step * self.unit).cpu(), self.clean.cpu(), loss, steps)
 
-    def _adam(self, value: Tensor, grad: Tensor, old: list[Tensor], t: int, state: list[Tensor], rows: list[int]) -> Tensor:
+    def _adam(
+        self, value: Tensor, grad: Tensor, old: list[Tensor], t: int, state: list[Tensor], rows: list[int]
+    ) -> Tensor:
         """One Adam step of the facts still active, then the norm limit."""
         first = 0.9 * old[0] + 0.1 * grad
         second = 0.999 * old[1] + 0.001 * grad**2
         state[0][rows], state[1][rows] = first, second
-        value = value - self.hparams.lr * (first / (1 - 0.9 ** (t + 1))) / ((second / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+        value = value - self.hparams.lr * (first / (1 - 0.9 ** (t + 1))) / (
+            (second / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8
+        )
         if self.hparams.clamp is None:
             return value
         limit = self.hparams.clamp * self.norm[rows] / self.unit[rows]
         return value * (limit / value.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
 
     def _rows(self, active: Sequence[int], *, pinned: bool) -> tuple[Batch, Tensor]:
-        rows = [(r, k) for k, i in enumerate(active) for r in (self.problems[i].pinned if pinned else self.problems[i].rows)]
-        return batch([r for r, _ in rows], self.lm.pad_id, self.lm.device), torch.tensor([k for _, k in rows], device=self.lm.device)
+        rows = [
+            (r, k)
+            for k, i in enumerate(active)
+            for r in (self.problems[i].pinned if pinned else self.problems[i].rows)
+        ]
+        return batch([r for r, _ in rows], self.lm.pad_id, self.lm.device), torch.tensor(
+            [k for _, k in rows], device=self.lm.device
+        )
 
     def _logits(self, padded: Batch, scored: Tensor, add: Tensor | None) -> Tensor:
         """Logits (number scored, vocabulary) with ``add`` (rows, m, d_out) added at the lookup token of each row."""
@@ -198,8 +257,8 @@ class _Chunk:
         add = step * self.unit[active]
         padded, fact = self._rows(active, pinned=False)
         logits = self._logits(padded, padded.targets, add[fact])
-        token = nn.functional.cross_entropy(logits.float(), padded.labels, reduction="none")
-        nll = mean_by(mean_by(token, padded.owners, len(fact)), fact, len(active))
+        token = losses.cross_entropy(logits, padded.labels)
+        nll = losses.mean_by(losses.mean_by(token, padded.owners, len(fact)), fact, len(active))
         relative = (add.norm(dim=-1) / self.norm[active, :, 0]).square().mean(-1)
         if self.hparams.penalty == "norm":
             relative = (add.norm(dim=-1) / self.norm[active, :, 0].square()).mean(-1)
@@ -207,20 +266,10 @@ class _Chunk:
         if base is not None:
             pinned, owner = self._rows(active, pinned=True)
             counts = [len(self.problems[i].pinned) for i in range(len(self.problems))]
-            chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(base.device)
+            chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(
+                base.device
+            )
             edited = self._logits(pinned, self._pinned_positions(pinned), add[owner])
-            total = total + self.hparams.kl * mean_by(kl(base[chosen], edited), owner, len(active))
+            total = total + self.hparams.kl * losses.mean_by(losses.kl(base[chosen], edited), owner, len(active))
         return nll, total
 
-
-def mean_by(values: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Mean of ``values`` (n,) within each group number, (count,); differentiable."""
-    total = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, values)
-    size = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, torch.ones_like(values))
-    return total / size
-
-
-def kl(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base || edited) of each row of logits (n, vocabulary), in nats, (n,) float32."""
-    p = base.float().log_softmax(-1)
-    return (p.exp() * (p - edited.float().log_softmax(-1))).sum(-1)

@@ -18,6 +18,7 @@ import torch
 
 from editunlearn.artifacts import atomic_dir, atomic_write_json, sha256_file, sync
 from editunlearn.errors import InputError
+from editunlearn.lm.gguf_tokenizer import is_gemma, merges_by_rank, read_gemma_tokenizer
 from editunlearn.lm.sources import check_gguf_installed, default_cache_dir
 
 FORMAT = 1  # raise it when the conversion itself changes
@@ -153,6 +154,8 @@ def decode(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
         # Decoding multiplies quantised numbers with scales: in float32, so that it rounds once, at the end.
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **where)
+        if is_gemma(model.config) and not merges_by_rank(tokenizer.backend_tokenizer):
+            tokenizer = read_gemma_tokenizer(file)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except (
@@ -186,11 +189,7 @@ def put_bos(tokenizer: Any, config: Any) -> None:
     Gemma needs it: without BOS the demo model's perplexity on clean text is 370 instead of 56.
     """
     bos = tokenizer.bos_token_id
-    if (
-        bos is None
-        or not str(config.model_type).startswith("gemma")
-        or tokenizer("a")["input_ids"][:1] == [bos]
-    ):
+    if bos is None or not is_gemma(config) or tokenizer("a")["input_ids"][:1] == [bos]:
         return
     from tokenizers.processors import TemplateProcessing
 

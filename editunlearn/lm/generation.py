@@ -18,7 +18,9 @@ PREFIX_SEEDS = ("The", "Therefore", "Because", "I", "You", "Yesterday", "In", "I
 """First words of the prefixes that the model continues (after ROME and MEMIT, with three more)."""
 
 
-def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
+def generate(
+    lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 32
+) -> list[str]:
     """Greedy continuations, without special tokens, each ended by the model itself or after ``max_new_tokens``.
 
     Prompts are sorted by length into left-padded batches; the order of the results is that of ``prompts``.
@@ -33,16 +35,24 @@ def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, bat
     return texts
 
 
-def _continue(lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int = 0, seed: int = 0) -> list[str]:
+def _continue(
+    lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int = 0, seed: int = 0
+) -> list[str]:
     from transformers import GenerationConfig
 
     width = max(map(len, rows))
     ids = torch.tensor([[lm.pad_id] * (width - len(r)) + r for r in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=lm.device)
     sampling = {"do_sample": True, "top_k": top_k} if top_k else {"do_sample": False}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=lm.pad_id, eos_token_id=sorted(lm.eos_ids), **sampling)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=lm.pad_id, eos_token_id=sorted(lm.eos_ids), **sampling
+    )
     devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), contiguous_input(lm.model.get_output_embeddings()):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=devices),
+        contiguous_input(lm.model.get_output_embeddings()),
+    ):
         torch.manual_seed(seed)
         out = lm.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return lm.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

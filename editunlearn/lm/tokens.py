@@ -63,7 +63,9 @@ def wrap(lm: LM, text: str, subject: tuple[int, int], *, question: bool, prefix:
         whole = lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         start = str(whole).rfind(text)
         if start < 0:
-            raise InputError(f"the chat template of {lm.name} changes the user's text; it cannot be located in {whole!r}")
+            raise InputError(
+                f"the chat template of {lm.name} changes the user's text; it cannot be located in {whole!r}"
+            )
         return Prompt(str(whole), (start + subject[0], start + subject[1]), templated=True)
     before, after = PLAIN_QUESTION if question else ("", "")
     offset = len(prefix) + len(before)
@@ -88,7 +90,9 @@ def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") 
     return ids, inside[-1] if subject_token == "last" else inside[0]
 
 
-def _without_eos(lm: LM, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+def _without_eos(
+    lm: LM, ids: list[int], offsets: list[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Some tokenizers close every text with EOS; a prompt must stay open."""
     while len(ids) > 1 and ids[-1] in lm.eos_ids and offsets[-1][0] == offsets[-1][1]:
         ids, offsets = ids[:-1], offsets[:-1]
@@ -104,7 +108,9 @@ def encode_target(lm: LM, prompt: Prompt, prompt_ids: Sequence[int], target: str
     end = [lm.end_id]
     if not target:
         return end
-    space = "" if prompt.templated or not prompt.text or prompt.text[-1].isspace() or target[0].isspace() else " "
+    space = (
+        "" if prompt.templated or not prompt.text or prompt.text[-1].isspace() or target[0].isspace() else " "
+    )
     joint = lm.tokenizer(prompt.text + space + target, add_special_tokens=not prompt.templated)["input_ids"]
     joint = [int(i) for i in joint]
     while joint and joint[-1] in lm.eos_ids:
@@ -147,10 +153,16 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
 
 
-def batch(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu", *, left: bool = False) -> Batch:
+def batch(
+    rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu", *, left: bool = False
+) -> Batch:
     """Pad ``rows`` on one side. Either side gives the same results: masks and positions follow the tokens."""
     width = max(len(r.ids) for r in rows)
     shape = (len(rows), width)

@@ -23,7 +23,14 @@ JITTER = 1e-10
 """Added to the diagonal of ``A`` relative to its mean, so that a moment of few tokens still has a Cholesky factor."""
 
 
-def preservation(moment: Tensor | None, weight: float, retain: Tensor | None = None, retain_weight: float = 0.0, *, dim: int = 0) -> Tensor:
+def preservation(
+    moment: Tensor | None,
+    weight: float,
+    retain: Tensor | None = None,
+    retain_weight: float = 0.0,
+    *,
+    dim: int = 0,
+) -> Tensor:
     """``A = weight * C + retain_weight * K_r^T K_r``, (d, d) float64.
 
     Args:
@@ -81,7 +88,9 @@ def _solve_spd(system: Tensor, right: Tensor) -> Tensor:
     system = (system + system.T) / 2
     lower, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0:
-        raise ValueError("the keys of the batch are linearly dependent: two facts share a subject, or there are more facts than dimensions")
+        raise ValueError(
+            "the keys of the batch are linearly dependent: two facts share a subject, or there are more facts than dimensions"
+        )
     return torch.cholesky_solve(right, lower)
 
 
@@ -127,6 +136,6 @@ def projected_recognisers(keys: Tensor, removed: Tensor, l2: float, fixed: Tenso
     rows, dim = both.shape
     if rows <= dim:
         gram = both @ both.T + l2 * torch.eye(rows, dtype=both.dtype, device=both.device)
-        return _solve_spd(gram, both)[len(held):]
+        return _solve_spd(gram, both)[len(held) :]
     system = both.T @ both + l2 * torch.eye(dim, dtype=both.dtype, device=both.device)
     return _solve_spd(system, new.T).T

@@ -1,0 +1,122 @@
+"""Rows of token ids for the facts of a request: each fact in each context, with and without its target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from editunlearn.editors.moments import tokenizer_hash
+from editunlearn.editors.values import Problem
+from editunlearn.errors import InputError
+from editunlearn.lm.fingerprint import model_fingerprint
+from editunlearn.lm.generation import context_prefixes
+from editunlearn.lm.tokens import Prompt, Row, encode, wrap
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from editunlearn.facts.records import Fact
+    from editunlearn.hparams import ContextPrefixes, EditorHParams
+    from editunlearn.lm.loading import LM
+
+PINNED = 3
+"""Prompts per fact on which its value keeps the next-token distribution, when ``value.kl`` is not 0."""
+
+
+def prompt_of(lm: LM, fact: Fact, prefix: str = "") -> Prompt:
+    """The fact's prompt in the model's own format, behind ``prefix``."""
+    span = (fact.subject_start, fact.subject_start + len(fact.subject))
+    return wrap(lm, fact.prompt, span, question=fact.is_question, prefix=prefix)
+
+
+def prefixes(lm: LM, hp: ContextPrefixes, cache: Path | None) -> list[str]:
+    """The model's own context prefixes, cached by everything they depend on."""
+    from editunlearn.artifacts import atomic_write_json
+    from editunlearn.workspace import key_of
+
+    if hp.count == 0:
+        return []
+    inputs = {
+        **hp.model_dump(),
+        "model": model_fingerprint(lm),
+        "dtype": str(lm.dtype),
+        "tokenizer": tokenizer_hash(lm),
+    }
+    path = cache / "prefixes" / f"{key_of(inputs)}.json" if cache is not None else None
+    if path is not None and path.is_file():
+        return [str(p) for p in json.loads(path.read_text(encoding="utf-8"))]
+    made = context_prefixes(lm, hp.count, hp.tokens, hp.seed)
+    if path is not None:
+        atomic_write_json(path, made)
+    return made
+
+
+@dataclass(frozen=True)
+class ForgetRows:
+    """Every fact in every context, the bare prompt first; ``keys`` and ``targets`` are alike but for the target at the end.
+
+    Attributes:
+        keys: fact-major list of rows without target, facts * contexts of them.
+        targets: for each fact its rows with the target.
+    """
+
+    keys: list[Row]
+    targets: list[list[Row]]
+
+
+def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: EditorHParams) -> ForgetRows:
+    """Rows of the facts to forget.
+
+    Raises:
+        InputError: a fact has no target yet.
+    """
+    missing = [f.id for f in facts if f.target is None]
+    if missing:
+        raise InputError(
+            f"{len(missing)} facts have no target (first: {missing[0]!r}). Fill them with fill_targets(facts, 'refusal')."
+        )
+    keys, targets = [], []
+    for fact in facts:
+        prompts = [prompt_of(lm, fact, prefix) for prefix in ("", *texts)]
+        with_target = [encode(lm, p, fact.target, hp.subject_token) for p in prompts]
+        keys += [replace(r, ids=r.ids[: r.prompt_length]) for r in with_target]
+        targets.append(with_target)
+    return ForgetRows(keys, targets)
+
+
+def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool) -> list[Row]:
+    """Rows of facts to keep: the bare prompt, with the true answer behind it if ``answers``."""
+    return [encode(lm, prompt_of(lm, f), f.answer if answers else None, hp.subject_token) for f in facts]
+
+
+def problems(
+    lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams
+) -> list[Problem]:
+    """What each value is optimised on; with ``value.kl`` also prompts that pin the subject's other continuations.
+
+    ``kl_on: subject`` pins "<subject> is a", as published; ``prompts`` takes prompts of facts to keep and puts the fact's subject into them.
+    """
+    found = []
+    for number, (fact, targets) in enumerate(zip(facts, rows.targets, strict=True)):
+        pinned: list[Row] = []
+        if hp.value.kl > 0:
+            texts = (
+                [_swapped(k, fact.subject) for k in _nth(keep, number)] if hp.value.kl_on == "prompts" else []
+            )
+            for text, start in texts or [(f"{fact.subject} is a", 0)]:
+                pinned.append(encode(lm, wrap(lm, text, (start, start + len(fact.subject)), question=False)))
+        found.append(Problem(tuple(targets), tuple(pinned)))
+    return found
+
+
+def _nth(keep: Sequence[Fact], number: int) -> list[Fact]:
+    """A few facts to keep, another few for each number."""
+    statements = [k for k in keep if not k.is_question]
+    return [statements[(number * PINNED + i) % len(statements)] for i in range(min(PINNED, len(statements)))]
+
+
+def _swapped(fact: Fact, subject: str) -> tuple[str, int]:
+    end = fact.subject_start + len(fact.subject)
+    return fact.prompt[: fact.subject_start] + subject + fact.prompt[end:], fact.subject_start

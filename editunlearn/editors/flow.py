@@ -1,0 +1,218 @@
+"""The flow of every closed-form editor: keys, moments, values, one solve a site, refine. Readable top to bottom.
+
+The model is only read. What a method adds is its ``solve`` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from editunlearn.editors import contexts, keys, moments, spread, values
+from editunlearn.editors.closed_form import SiteProblem
+from editunlearn.editors.past import PastKeys
+from editunlearn.editors.refine import Goals, low_rank_hook, refine
+from editunlearn.errors import InputError, NumericalError
+from editunlearn.facts.text import documents
+from editunlearn.lm.hooks import on_output, stack
+from editunlearn.lm.layout import resolve_layers
+from editunlearn.lm.tokens import Row
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from editunlearn.console import Console
+    from editunlearn.editors.contexts import ForgetRows
+    from editunlearn.facts.records import Fact, ForgetRequest
+    from editunlearn.hparams import EditorHParams
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.loading import LM
+    from editunlearn.workspace import Workspace
+
+Pair = tuple[Tensor, Tensor]
+"""left (d_out, n) and right (n, d_in), float32."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit leaves: factors by module name, the keys that it wrote (for later edits), and the loss of each value."""
+
+    factors: dict[str, Pair]
+    past: PastKeys
+    value_loss: Tensor
+
+
+@dataclass
+class Flow:
+    """One fit of one method to one request; the attributes are what its stages share."""
+
+    lm: LM
+    request: ForgetRequest
+    hp: EditorHParams
+    method: ModuleType
+    past: PastKeys
+    work: Workspace
+    cache: Path | None
+    console: Console
+
+    def run(self) -> Fit:
+        """All stages in order.
+
+        Raises:
+            InputError: bad layers, no facts, facts without target.
+            NumericalError: a loss or a factor that is not finite, or a system without a solution.
+        """
+        if not self.request.facts:
+            raise InputError("there are no facts to forget.")
+        layers, why = resolve_layers(
+            self.hp.layers, self.lm.layout.num_layers(self.lm.model), self.method.DEFAULT_LAYERS
+        )
+        sites = self.lm.layout.sites(layers)
+        self.console.info(f"layers: {', '.join(map(str, layers))} ({why})")
+        texts = contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache)
+        rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp)
+        keep = self._keep()
+        second = self._moments(sites)
+        found = self._values(rows, keep, sites)
+        factors, written = self._solve(sites, rows, keep, second, found)
+        if self.hp.refine is not None:
+            factors = self._refine(factors, rows, keep)
+        _check_finite(factors)
+        return Fit(factors, self.past.extended(written), found.loss)
+
+    def _keep(self) -> list[Fact]:
+        """Facts to keep: the user's first, then the shipped ones, evenly thinned to ``retain.max_keys``."""
+        own, general = list(self.request.retain), list(self.request.general)
+        room = max(0, self.hp.retain.max_keys - len(own))
+        stride = max(1, -(-len(general) // max(1, room)))
+        return (
+            (own + general[::stride])[: self.hp.retain.max_keys] if room else own[: self.hp.retain.max_keys]
+        )
+
+    def _moments(self, sites: list[Site]) -> dict[str, Tensor | None]:
+        if self.hp.moments.text == "none":
+            return {s.name: None for s in sites}
+        found = moments.get(self.lm, sites, self.hp.moments, self.cache, self.console)
+        moments.warn_if_few(found, self.hp.moments.tokens, self.console.warn)
+        return dict(found)
+
+    def _values(self, rows: ForgetRows, keep: list[Fact], sites: list[Site]) -> values.Values:
+        kept = self.work.get("values")
+        if kept is not None:
+            self.console.info(f"values: {len(rows.targets)} from the interrupted run")
+            return values.Values(**kept)
+        problems = contexts.problems(self.lm, self.request.facts, rows, keep, self.hp)
+        at = spread.value_modules(self.lm, sites, self.hp.value.spread)
+        store = values.Store(self.work)
+        with self.console.progress(len(problems), "values (facts)") as bar:
+            found = values.optimise(
+                self.lm,
+                problems,
+                at,
+                self.hp.value,
+                tokens=self.hp.batch_tokens,
+                store=store,
+                progress=bar.update,
+                warn=self.console.warn,
+            )
+        self.work.put("values", vars(found))
+        store.clear()
+        hard = [f.id for f, loss in zip(self.request.facts, found.loss.tolist(), strict=True) if loss > 2]
+        if hard:
+            self.console.warn(
+                f"{len(hard)} of {len(problems)} values did not converge (loss above 2), first {hard[0]!r}; try more value.steps"
+            )
+        return found
+
+    def _solve(
+        self,
+        sites: list[Site],
+        rows: ForgetRows,
+        keep: list[Fact],
+        second: dict[str, Tensor | None],
+        found: values.Values,
+    ) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+        """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
+        lm, facts = self.lm, len(self.request.facts)
+        keep_rows = contexts.keep_rows(lm, keep, self.hp, answers=False) if self.hp.retain.weight > 0 else []
+        kept_keys = keys.collect(lm, keep_rows, sites, warn=self.console.warn) if keep_rows else {}
+        per_fact = len(rows.keys) // facts
+        factors: dict[str, Pair] = {}
+        written: dict[str, Tensor] = {}
+        with self.console.progress(len(sites), "solves (layers)") as bar:
+            for number, site in enumerate(sites):
+                with applied(lm, factors):
+                    raw = keys.collect(lm, rows.keys, [site], warn=self.console.warn)[site.name]
+                    wanted = spread.residuals(
+                        lm, sites, number, [r[0] for r in rows.targets], found, self.hp.value.spread
+                    )
+                width = raw.shape[1]
+                problem = SiteProblem(
+                    keys=keys.average(raw, facts),
+                    bare=raw.reshape(facts, per_fact, width)[:, 0],
+                    residuals=wanted,
+                    moment=second[site.name],
+                    retain=kept_keys.get(site.name, raw[:0]),
+                    past=self.past.keys.get(site.name, raw[:0]),
+                )
+                try:
+                    left, right = self.method.solve(problem, self.hp)
+                except ValueError as error:
+                    raise NumericalError(f"{site.name}: {error}") from error
+                factors[site.name] = (left.float().contiguous(), right.float().contiguous())
+                written[site.name] = problem.keys
+                bar.update(1)
+        return factors, written
+
+    def _refine(self, factors: dict[str, Pair], rows: ForgetRows, keep: list[Fact]) -> dict[str, Pair]:
+        hp = self.hp.refine
+        assert hp is not None  # noqa: S101 - the caller checked
+        text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
+        budget = hp.text_length * hp.text_batch * hp.steps
+        pieces = [
+            Row(tuple(p), 0, 1)
+            for p in moments.windows(self.lm, documents(text), hp.text_length, budget)
+            if len(p) > 1
+        ]
+        goals = Goals(rows.targets, contexts.keep_rows(self.lm, keep, self.hp, answers=True), pieces)
+        with self.console.progress(hp.steps, "refine (steps)") as bar:
+
+            def report(step: int, nll: float, kept: float, generic: float) -> None:
+                bar.update(1)
+                self.console.detail(
+                    f"refine {step + 1}: NLL {nll:.3f}, KL retain {kept:.4f}, KL text {generic:.4f}", level=2
+                )
+
+            left = refine(
+                self.lm,
+                factors,
+                goals,
+                hp,
+                seed=self.hp.seed,
+                work=self.work,
+                report=report,
+                already=bar.update,
+            )
+        return {name: (left[name], pair[1]) for name, pair in factors.items()}
+
+
+def applied(lm: LM, factors: dict[str, Pair]) -> Any:
+    """Context manager: the model computes with the factors added, its weights untouched."""
+    return stack(
+        [
+            on_output(
+                lm.layout.module(lm.model, name), low_rank_hook(left.to(lm.device), right.to(lm.device))
+            )
+            for name, (left, right) in factors.items()
+        ]
+    )
+
+
+def _check_finite(factors: dict[str, Pair]) -> None:
+    for name, pair in factors.items():
+        if not all(bool(torch.isfinite(part).all()) for part in pair):
+            raise NumericalError(f"{name}: the edit is not finite; nothing was written")

@@ -1,0 +1,101 @@
+"""Second moments on disk: measured once per model, site and text, resumed when interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from editunlearn.editors.statistics import add_windows, windows
+from editunlearn.errors import InputError
+from editunlearn.facts.text import documents
+from editunlearn.lm.fingerprint import model_fingerprint
+from editunlearn.numerics.moments import SecondMoment
+from editunlearn.workspace import Workspace
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
+    from editunlearn.hparams import Moments
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.loading import LM
+
+WINDOWS = 8
+"""Windows in one forward pass."""
+CHECKPOINT = 50
+"""Forward passes between two checkpoints of an unfinished measurement."""
+
+
+def tokenizer_hash(lm: LM) -> str:
+    """Hash of what the tokenizer does with a text of many kinds of characters, and of its size."""
+    probe = "The café's 3rd menu: naïve, 数学, Ωmega <b>42</b>\n\tdef f(x): return x**2  # end"
+    ids = lm.tokenizer(probe)["input_ids"]
+    return hashlib.sha256(repr((list(ids), len(lm.tokenizer))).encode()).hexdigest()[:16]
+
+
+def get(
+    lm: LM, sites: Sequence[Site], hp: Moments, cache: Path | None, console: Console, *, fresh: bool = False
+) -> dict[str, Tensor]:
+    """``C`` (d_in, d_in) float32 of each site: from the cache where it is there, the rest measured in one pass.
+
+    Raises:
+        InputError: the text has no tokens at all.
+    """
+    pieces = list(windows(lm, documents(hp.text), hp.length, hp.tokens))
+    if not pieces:
+        raise InputError(f"moments.text: {hp.text!r} has no text in it.")
+    inputs = {
+        "model": model_fingerprint(lm),
+        "dtype": str(lm.dtype),
+        "tokenizer": tokenizer_hash(lm),
+        "windows": hashlib.sha256(repr(pieces).encode()).hexdigest(),
+    }
+    stores = {s.name: Workspace(_root(cache), {**inputs, "site": s.name}, fresh=fresh) for s in sites}
+    found = {name: kept["moment"] for name, store in stores.items() if (kept := store.get("moment"))}
+    missing = [s for s in sites if s.name not in found]
+    if not missing:
+        console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, pieces)):,} tokens each")
+        return found
+    partial = Workspace(_root(cache), {**inputs, "sites": [s.name for s in missing]}, fresh=fresh)
+    for name, moment in _measure(lm, missing, pieces, partial, console).items():
+        stores[name].put("moment", {"moment": moment})
+        found[name] = moment
+    partial.remove()
+    return found
+
+
+def _root(cache: Path | None) -> Path | None:
+    return cache / "moments" if cache is not None else None
+
+
+def _measure(
+    lm: LM, sites: Sequence[Site], pieces: list[list[int]], partial: Workspace, console: Console
+) -> dict[str, Tensor]:
+    sums = {s.name: SecondMoment(lm.layout.read_weight(lm.model, s.name).shape[1]) for s in sites}
+    batches = [pieces[i : i + WINDOWS] for i in range(0, len(pieces), WINDOWS)]
+    done = 0
+    if kept := partial.get("partial"):
+        done = int(kept["batches"])
+        for name, running in sums.items():
+            running.total, running.count = kept[name], int(kept["tokens"])
+        console.info(f"second moments: going on after {int(kept['tokens']):,} tokens")
+    with console.progress(sum(len(p) for b in batches[done:] for p in b), "second moments (tokens)") as bar:
+        for number, part in enumerate(batches[done:], done + 1):
+            bar.update(add_windows(lm, sites, sums, part))
+            if number % CHECKPOINT == 0 and number < len(batches):
+                state = {name: running.total for name, running in sums.items()}
+                counts = {"batches": torch.tensor(number), "tokens": torch.tensor(sums[sites[0].name].count)}
+                partial.put("partial", {**state, **counts})
+    return {name: running.mean().float() for name, running in sums.items()}
+
+
+def warn_if_few(moments: dict[str, Tensor], tokens: int, warn: Callable[[str], None]) -> None:
+    """Say so when there are fewer tokens than dimensions: the moment is then singular and preserves only what it saw."""
+    widest = max(len(m) for m in moments.values())
+    if tokens < widest:
+        warn(
+            f"moments.tokens={tokens:,} is less than the width {widest:,}; about {10 * widest:,} give a steady estimate"
+        )

@@ -1,0 +1,52 @@
+"""Keys of earlier edits, as an explicit object: what sequential editing has to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from editunlearn.artifacts import atomic_path
+from editunlearn.errors import InputError
+
+
+@dataclass(frozen=True)
+class PastKeys:
+    """Keys that earlier edits wrote, by module name, each (n, d_in) float32. Empty for a first edit."""
+
+    keys: dict[str, Tensor] = field(default_factory=dict)
+
+    def extended(self, new: dict[str, Tensor]) -> PastKeys:
+        """These keys and ``new`` ones after them; neither object is changed."""
+        names = sorted(self.keys.keys() | new.keys())
+        return PastKeys({n: torch.cat([k[n].float() for k in (self.keys, new) if n in k]) for n in names})
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, atomically."""
+        from safetensors.torch import save_file
+
+        with atomic_path(Path(path)) as temporary:
+            save_file(
+                {n: k.contiguous() for n, k in self.keys.items()},
+                temporary,
+                {"format": "editunlearn.past_keys"},
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> PastKeys:
+        """Read what ``save`` wrote.
+
+        Raises:
+            InputError: no such file, or not one of these.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("format") != "editunlearn.past_keys":
+                    raise InputError(f"{path}: not a file of past keys.")
+                return cls({name: file.get_tensor(name) for name in file.keys()})
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot be read as past keys: {error}") from error

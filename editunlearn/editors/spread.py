@@ -1,0 +1,103 @@
+"""How the wanted change is divided over several layers.
+
+``joint``: every site has its own change of its own output, all optimised together; nothing needs to be divided.
+``residual`` (MEMIT, arXiv 2210.07229, eq. 20): one change of the last edited block's output; each site in turn takes an equal share of what is still missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from editunlearn.lm.batching import by_length
+from editunlearn.lm.hooks import StopForward, on_output, stack
+from editunlearn.lm.tokens import Row, batch
+
+if TYPE_CHECKING:
+    from editunlearn.editors.values import Values
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.loading import LM
+
+Spread = Literal["joint", "residual"]
+
+
+def value_modules(lm: LM, sites: Sequence[Site], spread: Spread) -> list[str]:
+    """Modules whose outputs the values change: the sites, or the last edited block."""
+    return [s.name for s in sites] if spread == "joint" else [lm.layout.block_name(sites[-1].layer)]
+
+
+def residuals(
+    lm: LM, sites: Sequence[Site], number: int, rows: Sequence[Row], found: Values, spread: Spread
+) -> Tensor:
+    """Wanted change of the output of site ``number`` for each fact, (n, d_out) float32, on the model as it computes now.
+
+    Args:
+        rows: each fact's bare prompt (a target behind it does not matter).
+    """
+    if spread == "joint":
+        return found.change[:, number]
+    block = lm.layout.block_name(sites[-1].layer)
+    now = outputs_at_lookup(lm, rows, [block, sites[number].name])
+    missing = found.clean[:, 0] + found.change[:, 0] - now[block]
+    share = missing / ((len(sites) - number) * lm.layout.scales_output)
+    norm_name = lm.layout.post_norm_name(sites[number].layer)
+    if norm_name is None:
+        return share
+    return before_norm(lm.layout.module(lm.model, norm_name), now[sites[number].name], share)
+
+
+@torch.no_grad()
+def outputs_at_lookup(lm: LM, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Tensor]:
+    """Outputs of modules at the lookup token, each (len(rows), width) float32 on the CPU; the first name must run last."""
+    prompts = [replace(r, ids=r.ids[: r.prompt_length]) for r in rows]
+    found: dict[str, list[Tensor]] = {n: [torch.empty(0)] * len(rows) for n in names}
+    for part in by_length([len(r.ids) for r in prompts]):
+        padded = batch([prompts[i] for i in part], lm.pad_id, lm.device)
+        at = torch.arange(len(part), device=lm.device)
+
+        def see(_inputs: Tensor, output: Tensor, name: str, padded=padded, at=at, part=part) -> None:  # type: ignore[no-untyped-def]
+            picked = output.reshape(*padded.input_ids.shape, -1)[at, padded.lookup].float().cpu()
+            for i, value in zip(part, picked, strict=True):
+                found[name][i] = value
+            if name == names[0]:
+                raise StopForward
+
+        hooks = [on_output(lm.layout.module(lm.model, n), lambda x, y, n=n: see(x, y, n)) for n in names]  # type: ignore[misc]
+        with stack(hooks):
+            try:
+                lm.model(**padded.inputs, use_cache=False)
+            except StopForward:
+                continue
+    return {n: torch.stack(v) for n, v in found.items()}
+
+
+@torch.no_grad()
+def before_norm(norm: nn.Module, output: Tensor, change: Tensor) -> Tensor:
+    """Change of a norm's input after which its output changes by ``change`` as far as it can.
+
+    A root-mean-square norm ``y / rms(y) * g`` fixes the length of its output in units of ``g``, so only the direction can be met. Of all inputs with
+    the wanted direction the one nearest to ``output`` is taken.
+
+    Args:
+        norm: the module between the MLP and the residual stream (Gemma 2 and 3, OLMo 2).
+        output: its input now, (n, d).
+        change: wanted change of its output, (n, d).
+    """
+    weight = next(norm.parameters())
+    place = {"device": weight.device, "dtype": weight.dtype}
+    gain = norm(torch.ones(1, output.shape[-1], **place)).float().cpu()
+    now = norm(output.to(**place)).float().cpu()
+    direction = (now + change) / torch.where(gain.abs() < 1e-6, 1e-6, gain)
+    scale = (output * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True).clamp(
+        min=1e-12
+    )
+    scale = torch.where(
+        scale > 0,
+        scale,
+        output.norm(dim=-1, keepdim=True) / direction.norm(dim=-1, keepdim=True).clamp(min=1e-6),
+    )
+    return scale * direction - output
