@@ -235,9 +235,7 @@ def _cell(value: Any) -> str:
 def _clean(text: str, one_line: bool = False) -> str:
     """Control characters as escapes: text of facts and models must not drive the terminal."""
     keep = "" if one_line else "\n\t"
-    return "".join(
-        c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in keep else repr(c)[1:-1] for c in text
-    )
+    return "".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in keep else repr(c)[1:-1] for c in text)
 
 
 def _can_show(stream: TextIO, text: str) -> bool:

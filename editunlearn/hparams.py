@@ -47,9 +47,7 @@ Whole = Annotated[int, Strict()]
 Layers = Annotated[
     Literal["auto"] | list[int | float],
     BeforeValidator(_layers),
-    Field(
-        json_schema_extra={"allowed": "auto, or a list of block numbers, or a list of depths from 0.0 to 1.0"}
-    ),
+    Field(json_schema_extra={"allowed": "auto, or a list of block numbers, or a list of depths from 0.0 to 1.0"}),
 ]
 
 
@@ -80,9 +78,7 @@ class Value(Piece):
         default=4.0,
         description="Longest change, as a multiple of the clean activation's norm; null for no limit.",
     )
-    weight_decay: Real = Field(
-        default=0.05, ge=0, description="Weight of the penalty on the size of the change."
-    )
+    weight_decay: Real = Field(default=0.05, ge=0, description="Weight of the penalty on the size of the change.")
     penalty: Literal["squared", "norm"] = Field(
         default="squared",
         description="Penalise the squared relative norm, or as published norm over squared norm.",
@@ -123,20 +119,14 @@ class Retain(Piece):
 class NullSpace(Piece):
     """Which directions count as unused by the keys to preserve."""
 
-    threshold: Real = Field(
-        default=0.02, gt=0, description="Directions of C with less energy than this are free."
-    )
-    relative: bool = Field(
-        default=True, strict=True, description="Measure the threshold against the mean eigenvalue."
-    )
+    threshold: Real = Field(default=0.02, gt=0, description="Directions of C with less energy than this are free.")
+    relative: bool = Field(default=True, strict=True, description="Measure the threshold against the mean eigenvalue.")
     l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
 
     @model_validator(mode="after")
     def _relative_is_a_fraction(self) -> NullSpace:
         if self.relative and self.threshold >= 1:
-            raise ValueError(
-                f"nullspace.threshold is {self.threshold:g}; with relative: true it must be below 1."
-            )
+            raise ValueError(f"nullspace.threshold is {self.threshold:g}; with relative: true it must be below 1.")
         return self
 
 
@@ -147,13 +137,9 @@ class Refine(Piece):
     lr: Real = Field(default=0.3, gt=0, description="Learning rate relative to the size of the left factors.")
     kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
     text_kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on generic text.")
-    floor: Real = Field(
-        default=0.05, ge=0, description="A target whose loss is at or below this no longer counts."
-    )
+    floor: Real = Field(default=0.05, ge=0, description="A target whose loss is at or below this no longer counts.")
     forget_batch: Whole = Field(default=40, ge=1, description="Facts to forget per step.")
-    contexts: Whole = Field(
-        default=2, ge=1, description="Contexts per fact and step: the bare prompt and others."
-    )
+    contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")
     retain_batch: Whole = Field(default=64, ge=1, description="Prompts to keep per step.")
     text_batch: Whole = Field(default=2, ge=1, description="Sequences of generic text per step.")
     text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
@@ -185,9 +171,7 @@ class EditorHParams(Piece):
     batch_tokens: Whole = Field(
         default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
     )
-    paper: str | None = Field(
-        default=None, description="Where the method comes from; goes to the model card."
-    )
+    paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
 
 
 class Described(NamedTuple):
@@ -247,15 +231,11 @@ def _describe(part: BaseModel, default_part: BaseModel | None, prefix: str) -> l
     rows: list[Described] = []
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        default = (
-            getattr(default_part, name) if default_part else field.get_default(call_default_factory=True)
-        )
+        default = getattr(default_part, name) if default_part else field.get_default(call_default_factory=True)
         if isinstance(value, BaseModel):
             rows += _describe(value, default if isinstance(default, BaseModel) else None, f"{prefix}{name}.")
         else:
             rows.append(
-                Described(
-                    prefix + name, value, value == default, f"{field.description} Allowed: {allowed(field)}."
-                )
+                Described(prefix + name, value, value == default, f"{field.description} Allowed: {allowed(field)}.")
             )
     return rows

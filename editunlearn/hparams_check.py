@@ -102,17 +102,13 @@ def _overrides(document: Document, raw: Any, problems: list[str]) -> dict[str, d
     """The usable overrides by model type; what is wrong with the others goes to ``problems``."""
     if not isinstance(raw, Mapping):
         place = document.place((OVERRIDES,))
-        problems.append(
-            f"{place}: overrides is {_shown(raw)}; it must map a model type (llama, gpt2) to settings."
-        )
+        problems.append(f"{place}: overrides is {_shown(raw)}; it must map a model type (llama, gpt2) to settings.")
         return {}
     usable: dict[str, dict[str, Any]] = {}
     for kind, patch in raw.items():
         place = document.place((OVERRIDES, kind))
         if not isinstance(patch, Mapping):
-            problems.append(
-                f"{place}: overrides.{kind} is {_shown(patch)}; it must be a mapping of settings."
-            )
+            problems.append(f"{place}: overrides.{kind} is {_shown(patch)}; it must be a mapping of settings.")
         elif "method" in patch:
             place = document.place((OVERRIDES, kind, "method"))
             problems.append(f"{place}: overrides.{kind}.method: one file is for one method. Remove it.")
@@ -131,9 +127,7 @@ def _patches(settings: Sequence[str], problems: list[str]) -> list[tuple[str, di
             problems += error.problems
             continue
         if path[0] == OVERRIDES:
-            problems.append(
-                f"--set {item!r}: overrides is for files. Set the key itself, for example value.lr=0.1."
-            )
+            problems.append(f"--set {item!r}: overrides is for files. Set the key itself, for example value.lr=0.1.")
             continue
         for part in reversed(path):
             value = {part: value}

@@ -201,8 +201,7 @@ def _method(document: Document) -> str:
         if keys & data.keys():
             return method
     raise InputError(
-        f"{document.name}: no 'alg_name', and no key tells the algorithm. "
-        f"Add alg_name: one of {', '.join(ALGORITHMS)}."
+        f"{document.name}: no 'alg_name', and no key tells the algorithm. Add alg_name: one of {', '.join(ALGORITHMS)}."
     )
 
 
@@ -234,9 +233,7 @@ def _translate_key(work: _Work, method: str, key: str, value: Any) -> None:
     elif key in ("emmet_lambda", "lambda") and method == "emmet":
         work.mapped(key, "ridge", value)
     elif key == "update_norm_lambda":
-        work.ignored(
-            key, "no multiple of the identity is added to the second moment" if value else "0 adds nothing"
-        )
+        work.ignored(key, "no multiple of the identity is added to the second moment" if value else "0 adds nothing")
     else:
         known = {"context_template_length_params", "nullspace_threshold", "L2", "emmet_lambda", "lambda"}
         unknown = f"not a setting of {_theirs(method)}" if key in known else "not a key this reader knows"
@@ -255,22 +252,14 @@ def _contexts(work: _Work, value: Any) -> None:
     """ROME's list of [length, how many]; ours has one length, so the longest stands for all."""
     key = "context_template_length_params"
     pairs = value if isinstance(value, list) else []
-    good = [
-        pair
-        for pair in pairs
-        if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
-    ]
+    good = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)]
     if not pairs or len(good) != len(pairs):
-        work.problem(
-            key, f"is {value!r}; it must be a list of [length, how many], for example [[5, 10], [10, 10]]."
-        )
+        work.problem(key, f"is {value!r}; it must be a list of [length, how many], for example [[5, 10], [10, 10]].")
         return
     lengths = sorted({length for length, _ in good})
     note = f"their lengths {', '.join(map(str, lengths))} become {lengths[-1]}" if len(lengths) > 1 else ""
     work.put("context_prefixes.tokens", lengths[-1], key)
-    work.mapped(
-        key, "context_prefixes.count", sum(count for _, count in good), f"and context_prefixes.tokens; {note}"
-    )
+    work.mapped(key, "context_prefixes.count", sum(count for _, count in good), f"and context_prefixes.tokens; {note}")
 
 
 def _adjustment(work: _Work, single: bool, value: Any) -> None:

@@ -63,9 +63,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Document:
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     if path.suffix == ".json":
-        text = text.replace(
-            "\t", " "
-        )  # YAML forbids tabs between tokens; inside JSON strings they are always escaped
+        text = text.replace("\t", " ")  # YAML forbids tabs between tokens; inside JSON strings they are always escaped
     return parse(text, name)
 
 
@@ -83,9 +81,7 @@ def find(source: str | Path) -> tuple[Path, str]:
     if name in shipped:
         return shipped_path("hparams", name), f"hparams/{name}"
     stems = [known.removesuffix(".yaml") for known in shipped]
-    what = (
-        "is a folder, not a file" if os.path.isdir(text) else "is neither a file nor a shipped hparams name"
-    )
+    what = "is a folder, not a file" if os.path.isdir(text) else "is neither a file nor a shipped hparams name"
     hint = did_you_mean(text.removesuffix(".yaml"), stems)
     raise InputError(f"hparams {text!r} {what}.{hint} Shipped: {', '.join(stems) or 'none'}.")
 
@@ -116,9 +112,7 @@ def parse(text: str, name: str) -> Document:
         raise InputError(f"{where}: not valid YAML: {what}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Control characters, impossible dates, nesting beyond the interpreter's stack.
-        raise InputError(
-            f"{name}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}."
-        ) from error
+        raise InputError(f"{name}: not valid YAML: {' '.join(str(error).split()) or type(error).__name__}.") from error
     return Document(name, data, places)
 
 
@@ -138,9 +132,7 @@ def parse_set(item: str) -> tuple[tuple[str, ...], Any]:
     try:
         data = parse("value: " + text, name).data  # the same checks as in a file
     except InputError as error:
-        raise InputError(
-            name + problem.removeprefix(name).removeprefix(":1") for problem in error.problems
-        ) from error
+        raise InputError(name + problem.removeprefix(name).removeprefix(":1") for problem in error.problems) from error
     if len(data) != 1:
         raise InputError(f"{name}: the value is more than one line of YAML. Give each key its own --set.")
     return path, data["value"]
@@ -185,8 +177,7 @@ def _walk(
         if key.value in first:
             dotted = ".".join(map(str, here))
             problems.append(
-                f"{name}:{_line(key)}: key {dotted!r} is already set "
-                f"on line {first[key.value]}. Keep one of them."
+                f"{name}:{_line(key)}: key {dotted!r} is already set on line {first[key.value]}. Keep one of them."
             )
         first.setdefault(key.value, _line(key))
         places[here] = f"{name}:{_line(key)}"

@@ -1,6 +1,7 @@
 """Finished pieces of a run on disk, so that interrupted work goes on where it stopped.
 
-A workspace belongs to one exact set of inputs: its folder name is the hash of all of them. A run with other inputs never finds it.
+A workspace belongs to one exact set of inputs: its folder name is the hash of all of them. A run with other inputs
+never finds it.
 """
 
 from __future__ import annotations

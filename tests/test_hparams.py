@@ -126,7 +126,7 @@ def test_only_float_fields_are_coerced() -> None:
     assert "must be a whole number" in problem("memit", set=["value.steps=2.0"])
     assert "must be a number above 0" in problem("memit", set=["value.lr=true"])
     assert "must be text" in problem("memit", set=["moments.text=3"])
-    assert "must be true or false" in problem("alphaedit", set=["past_keys=maybe"])
+    assert "must be true or false" in problem("alphaedit", set=["nullspace.relative=maybe"])
     assert "must be true or false" in problem("alphaedit", set=["nullspace.relative=1"])
 
 
@@ -140,10 +140,29 @@ def test_layers_are_block_numbers_or_depths() -> None:
     assert "ascending" in problem("memit", set=["layers=[4, 4]"])
 
 
-def test_batch_size() -> None:
-    assert load_hparams("memit", set=["batch_size=4"]).batch_size == 4
+def test_batch_tokens_and_seed() -> None:
+    hp = load_hparams("memit", set=["batch_tokens=4", "seed=7", "refine.batch_tokens=5"])
+    assert (hp.batch_tokens, hp.seed) == (4, 7) and hp.refine is not None and hp.refine.batch_tokens == 5
     for wrong in ("0", "true", "big", "1.5", "null"):
-        assert "auto or a whole number" in problem("memit", set=[f"batch_size={wrong}"])
+        assert "must be a whole number, at least 1" in problem("memit", set=[f"batch_tokens={wrong}"])
+    assert "must be a whole number, at least 0" in problem("memit", set=["seed=-1"])
+    assert "unknown key 'batch_size'. Did you mean 'batch_tokens'?" in problem("memit", set=["batch_size=4"])
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [("rome", "ridge"), ("r_rome", "ridge"), ("alphaedit", "ridge"), ("memit", "nullspace"), ("emmet", "nullspace")],
+)
+def test_a_method_has_only_the_settings_that_it_uses(method: str, key: str) -> None:
+    assert f"unknown key '{key}'" in problem(method, set=[f"{key}=1"])
+    assert not hasattr(load_hparams(method), key)
+
+
+def test_what_refine_has() -> None:
+    refine = load_hparams("memit", set=["refine={steps: 3, text_kl: 0, floor: 0, contexts: 1}"]).refine
+    assert refine is not None and (refine.steps, refine.text_kl, refine.floor, refine.contexts) == (3, 0, 0, 1)
+    for wrong in ("steps=0", "lr=0", "kl=-1", "text_kl=-1", "floor=-1", "forget_batch=0", "text_length=1"):
+        assert "it must be a" in problem("memit", set=[f"refine.{wrong}"]), wrong
 
 
 @pytest.mark.parametrize(
@@ -154,7 +173,7 @@ def test_batch_size() -> None:
         ("value.lr=.inf", "a number above 0"),
         ("value.lr=0,5", "a number above 0"),
         ("value.clamp=-1", "a number above 0, or null"),
-        ("value.kl_on=facts", "one of retain, subject"),
+        ("value.kl_on=retain", "one of prompts, subject"),
         ("value.lr=null", "a number above 0"),
         ("moments.weight=0", "a number above 0"),
         ("moments.text=''", "text"),
@@ -177,7 +196,6 @@ def test_a_long_value_is_cut() -> None:
 
 def test_method_rules() -> None:
     assert "null space" in problem("alphaedit", set=["moments.text=none"])
-    assert "nullspace.l2" in problem("alphaedit", set=["ridge=1"])
     assert "below 1" in problem("alphaedit", set=["nullspace.threshold=2"])
     assert load_hparams("alphaedit", set=["nullspace.threshold=2", "nullspace.relative=false"])
     assert load_hparams("memit", set=["moments.text=none"]).moments.text == "none"
@@ -390,16 +408,10 @@ def test_registry() -> None:
 
 
 def test_defaults_of_the_methods() -> None:
-    defaults = {method: editors.schema(method)() for method in editors.names()}  # type: ignore[call-arg]
-    assert {method: hp.ridge for method, hp in defaults.items()} == {
-        "rome": 0,
-        "r_rome": 0,
-        "memit": 1,
-        "emmet": 0.1,
-        "alphaedit": 0,
-    }
-    assert not resolved(defaults["rome"])["consistent_key"] and resolved(defaults["r_rome"])["consistent_key"]
-    assert resolved(defaults["alphaedit"])["past_keys"]
+    defaults = {method: resolved(editors.schema(method)()) for method in editors.names()}  # type: ignore[call-arg]
+    assert {method: hp["ridge"] for method, hp in defaults.items() if "ridge" in hp} == {"memit": 1, "emmet": 0.1}
+    assert {method for method, hp in defaults.items() if "nullspace" in hp} == {"alphaedit"}
+    assert all(hp["value"]["kl_on"] == "prompts" and hp["refine"] is not None for hp in defaults.values())
 
 
 def test_loading_settings_imports_nothing_heavy() -> None:

@@ -101,7 +101,7 @@ def test_yaml_with_alg_name(tmp_path: Path) -> None:
     path = tmp_path / "r-rome.yaml"
     path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in EASYEDIT.items()))
     hp = load_hparams(path, format="easyedit")
-    assert hp.method == "r_rome" and resolved(hp)["consistent_key"]
+    assert hp.method == "r_rome" and "ridge" not in resolved(hp)
     assert hp.moments.text == "none" and hp.value.lr == 0.5 and hp.value.steps == 19
     assert (hp.context_prefixes.count, hp.context_prefixes.tokens) == (20, 10)
 

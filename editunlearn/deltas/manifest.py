@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import platform
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -167,11 +166,6 @@ class Manifest(_Record):
         return list(composed) if isinstance(composed, list) else [{"method": self.method, **self.hparams}]
 
 
-def new_salt() -> str:
-    """16 random bytes as hex."""
-    return secrets.token_hex(16)
-
-
 def hash_id(fact_id: str, salt: str) -> str:
     """Salted hash of a fact's id, 16 hex digits: what a rank column is labelled with."""
     return _hmac(fact_id, salt)[:16]
@@ -182,12 +176,12 @@ def fact_set(facts: Sequence[Fact], *, salt: str | None = None, store_text: bool
 
     Args:
         facts: the facts to forget.
-        salt: hex; default: a new random one.
+        salt: hex; default: derived from the facts, so that the same run writes the same bytes.
         store_text: keep the facts themselves too.
     """
-    salt = salt or new_salt()
     plain = [plain_fact(fact) for fact in facts]
     lines = sorted(json.dumps(fact, sort_keys=True, ensure_ascii=False) for fact in plain)
+    salt = salt or hashlib.sha256("\n".join(["salt", *lines]).encode()).hexdigest()[:32]
     text = tuple(plain) if store_text else None
     ids = tuple(hash_id(fact.id, salt) for fact in facts)
     return FactSet(count=len(plain), salt=salt, sha256=_hmac("\n".join(lines), salt), ids=ids, text=text)

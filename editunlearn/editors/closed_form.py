@@ -44,9 +44,9 @@ def preservation_factor(problem: SiteProblem, hp: EditorHParams) -> Tensor:
     return solve.factor(system + past.T @ past)
 
 
-def least_squares(problem: SiteProblem, hp: EditorHParams) -> tuple[Tensor, Tensor]:
+def least_squares(problem: SiteProblem, hp: EditorHParams, ridge: float) -> tuple[Tensor, Tensor]:
     """MEMIT and EMMET: left (d_out, n) and right (n, d_in), float64, for the method's ``ridge``."""
-    rows = solve.recognisers(problem.keys, preservation_factor(problem, hp), hp.ridge)
+    rows = solve.recognisers(problem.keys, preservation_factor(problem, hp), ridge)
     return problem.residuals.double().T, rows
 
 

@@ -55,7 +55,7 @@ def prefixes(lm: LM, hp: ContextPrefixes, cache: Path | None) -> list[str]:
 
 @dataclass(frozen=True)
 class ForgetRows:
-    """Every fact in every context, the bare prompt first; ``keys`` and ``targets`` are alike but for the target at the end.
+    """Every fact in every context, the bare prompt first; only the target at the end tells ``targets`` from ``keys``.
 
     Attributes:
         keys: fact-major list of rows without target, facts * contexts of them.
@@ -75,7 +75,8 @@ def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: EditorH
     missing = [f.id for f in facts if f.target is None]
     if missing:
         raise InputError(
-            f"{len(missing)} facts have no target (first: {missing[0]!r}). Fill them with fill_targets(facts, 'refusal')."
+            f"{len(missing)} facts have no target (first: {missing[0]!r}). "
+            "Fill them with fill_targets(facts, 'refusal')."
         )
     keys, targets = [], []
     for fact in facts:
@@ -96,7 +97,8 @@ def problems(
 ) -> list[Problem]:
     """What each value is optimised on; with ``value.kl`` also prompts that pin the subject's other continuations.
 
-    ``kl_on: subject`` pins "<subject> is a", as published; ``prompts`` takes prompts of facts to keep and puts the fact's subject into them.
+    ``kl_on: subject`` pins "<subject> is a", as published; ``prompts`` takes prompts of facts to keep and puts the
+    fact's subject into them.
     """
     found = []
     for number, (fact, targets) in enumerate(zip(facts, rows.targets, strict=True)):

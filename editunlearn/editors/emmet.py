@@ -33,4 +33,4 @@ def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
     """Equality-constrained batch edit (paper, eq. 10) with ``ridge`` on the inner system; the same solver as MEMIT."""
     from editunlearn.editors.closed_form import least_squares
 
-    return least_squares(problem, hp)
+    return least_squares(problem, hp, hp.ridge)

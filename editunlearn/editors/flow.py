@@ -16,9 +16,10 @@ from editunlearn.editors import contexts, keys, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.refine import Goals, low_rank_hook, refine
+from editunlearn.editors.statistics import windows
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
-from editunlearn.lm.hooks import on_output, stack
+from editunlearn.lm.hooks import frozen, on_output, stack
 from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
 
@@ -39,7 +40,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit leaves: factors by module name, the keys that it wrote (for later edits), and the loss of each value."""
+    """What a fit leaves: factors by module name, the keys that it wrote (for later edits), the loss of each value."""
 
     factors: dict[str, Pair]
     past: PastKeys
@@ -68,6 +69,10 @@ class Flow:
         """
         if not self.request.facts:
             raise InputError("there are no facts to forget.")
+        with frozen(self.lm.model):
+            return self._run()
+
+    def _run(self) -> Fit:
         layers, why = resolve_layers(
             self.hp.layers, self.lm.layout.num_layers(self.lm.model), self.method.DEFAULT_LAYERS
         )
@@ -124,7 +129,8 @@ class Flow:
         hard = [f.id for f, loss in zip(self.request.facts, found.loss.tolist(), strict=True) if loss > 2]
         if hard:
             self.console.warn(
-                f"{len(hard)} of {len(problems)} values did not converge (loss above 2), first {hard[0]!r}; try more value.steps"
+                f"{len(hard)} of {len(problems)} values did not converge (loss above 2), first {hard[0]!r}; "
+                "try more value.steps"
             )
         return found
 
@@ -175,7 +181,7 @@ class Flow:
         budget = hp.text_length * hp.text_batch * hp.steps
         pieces = [
             Row(tuple(p), 0, 1)
-            for p in moments.windows(self.lm, documents(text), hp.text_length, budget)
+            for p in windows(self.lm, documents(text), hp.text_length, budget)
             if len(p) > 1
         ]
         goals = Goals(rows.targets, contexts.keep_rows(self.lm, keep, self.hp, answers=True), pieces)

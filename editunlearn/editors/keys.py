@@ -47,7 +47,8 @@ def average(keys: Tensor, facts: int, *, bare_weight: float = 0.5) -> Tensor:
 
     Args:
         keys: (facts * contexts, d_in), fact-major, the bare prompt first.
-        bare_weight: share of the bare prompt; the prefixed ones divide the rest (MEMIT averages by group of templates, which gives 1/2).
+        bare_weight: share of the bare prompt; the prefixed ones divide the rest (MEMIT averages by group of
+            templates, which gives 1/2).
     """
     grouped = keys.reshape(facts, -1, keys.shape[-1])
     if grouped.shape[1] == 1:

@@ -33,4 +33,4 @@ def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
     """``dW = R (w C + K K^T)^-1``-weighted least squares over the batch (paper, eq. 14), in its dual form."""
     from editunlearn.editors.closed_form import least_squares
 
-    return least_squares(problem, hp)
+    return least_squares(problem, hp, hp.ridge)

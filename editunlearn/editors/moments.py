@@ -93,7 +93,7 @@ def _measure(
 
 
 def warn_if_few(moments: dict[str, Tensor], tokens: int, warn: Callable[[str], None]) -> None:
-    """Say so when there are fewer tokens than dimensions: the moment is then singular and preserves only what it saw."""
+    """Say so when there are fewer tokens than dimensions: such a moment is singular, it preserves only what it saw."""
     widest = max(len(m) for m in moments.values())
     if tokens < widest:
         warn(

@@ -1,8 +1,9 @@
 """Refine: train the left factors of a closed-form edit, with the right (key) factors fixed.
 
-The closed form writes values that were found one fact at a time; what they do together, and to everything else, is left to chance. Here a few tens of
-Adam steps improve what is wanted (the target over all contexts) and what is to stay (the next-token distribution of the unedited model on prompts
-that must stay and on generic text). The change stays low-rank and confined to the directions of the edited keys, which is what protects the rest.
+The closed form writes values that were found one fact at a time; what they do together, and to everything else, is
+left to chance. Here a few tens of Adam steps improve what is wanted (the target over all contexts) and what is to stay
+(the next-token distribution of the unedited model on prompts that must stay and on generic text). The change stays
+low-rank and confined to the directions of the edited keys, which is what protects the rest.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def refine(
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
-    Loss: NLL of the targets (a fact at or below ``hp.floor`` no longer counts) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
-    Adam on all left factors, step ``hp.lr`` times the mean absolute left factor of the module, cosine decay.
+    Loss: NLL of the targets (a fact at or below ``hp.floor`` no longer counts) + ``hp.kl`` * mean KL on retain prompts
+    + ``hp.text_kl`` * mean KL on text. Adam on all left factors, step ``hp.lr`` times the mean absolute left factor of
+    the module, cosine decay.
 
     Args:
         work: keeps the state every few steps, so that an interrupted run goes on there.
@@ -91,7 +93,6 @@ def refine(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * s / hp.steps))
     )
-    hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
     draw = _Draw(goals, hp, seed)
     retain, generic = _Keep(lm, goals.retain), _Keep(lm, goals.text)
 
@@ -107,12 +108,7 @@ def refine(
             schedule.step()
             continue
         optimiser.zero_grad()
-        with stack(
-            [
-                on_output(lm.layout.module(lm.model, name), low_rank_hook(left[name], right[name]))
-                for name in left
-            ]
-        ):
+        with change():
             nll = _forget(lm, batch_of_step[0], hp)
         kept = retain.loss(change, batch_of_step[1], hp.kl, hp)
         text = generic.loss(change, batch_of_step[2], hp.text_kl, hp)
@@ -158,7 +154,7 @@ def _restore(work: Workspace | None, left: dict[str, Tensor], optimiser: torch.o
 
 
 class _Draw:
-    """Seeded choice of what each step sees; every pool is gone through in a shuffled order before anything comes twice."""
+    """Seeded choice of what each step sees; a pool is gone through in shuffled order before anything comes twice."""
 
     def __init__(self, goals: Goals, hp: Refine, seed: int) -> None:
         self.goals, self.hp = goals, hp
@@ -200,7 +196,7 @@ def _forget(lm: LM, facts: Sequence[Sequence[Row]], hp: Refine) -> float:
         padded = batch([rows[i][0] for i in part], lm.pad_id, lm.device)
         token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
         nll = losses.mean_by(token, padded.owners, len(part))
-        ((nll - hp.floor).clamp(min=0) * weight[part]).sum().backward()
+        ((nll - hp.floor).clamp(min=0) * weight[part]).sum().backward()  # type: ignore[no-untyped-call]
         total += float((nll.detach() * weight[part]).sum())
     return total
 
@@ -208,15 +204,24 @@ def _forget(lm: LM, facts: Sequence[Sequence[Row]], hp: Refine) -> float:
 class _Keep:
     """Prompts or text whose next-token distributions are to stay those of the unedited model.
 
-    Of the unedited model only the hidden states before the head are kept (a few kilobytes a row), found when a row first comes up.
+    Of the unedited model only the hidden states before the head are kept (a few kilobytes a row), found when a row
+    first comes up.
     """
 
     def __init__(self, lm: LM, rows: Sequence[Row]) -> None:
         self.lm, self.rows = lm, rows
         self.hidden: dict[int, Tensor] = {}
 
-    def loss(self, change: Callable[[], AbstractContextManager[None]], chosen: Sequence[int], strength: float, hp: Refine) -> float:
-        """Mean KL(unedited || edited) over the scored positions of the rows ``chosen``; adds ``strength`` times its gradient.
+    def loss(
+        self,
+        change: Callable[[], AbstractContextManager[None]],
+        chosen: Sequence[int],
+        strength: float,
+        hp: Refine,
+    ) -> float:
+        """Mean KL(unedited || edited) over the scored positions of the rows ``chosen``.
+
+        Adds ``strength`` times its gradient to the left factors.
 
         Args:
             change: makes a context in which the model computes with the edit.
@@ -240,8 +245,8 @@ class _Keep:
         """Logits of the unedited model at the scored positions of ``padded``."""
         if any(i not in self.hidden for i in members):
             before_head: list[Tensor] = []
-            with on_input(self.lm.model.get_output_embeddings(), lambda h: before_head.append(h[padded.targets])):
+            with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets])):
                 target_logits(self.lm, padded)
             sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
-            self.hidden.update(zip(members, before_head[0].split(sizes), strict=True))
+            self.hidden.update(zip(members, torch.split(before_head[0], sizes), strict=True))
         return logits_of(self.lm, torch.cat([self.hidden[i] for i in members]))

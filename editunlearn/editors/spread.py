@@ -1,7 +1,8 @@
 """How the wanted change is divided over several layers.
 
 ``joint``: every site has its own change of its own output, all optimised together; nothing needs to be divided.
-``residual`` (MEMIT, arXiv 2210.07229, eq. 20): one change of the last edited block's output; each site in turn takes an equal share of what is still missing.
+``residual`` (MEMIT, arXiv 2210.07229, eq. 20): one change of the last edited block's output; each site in turn takes
+an equal share of what is still missing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def value_modules(lm: LM, sites: Sequence[Site], spread: Spread) -> list[str]:
 def residuals(
     lm: LM, sites: Sequence[Site], number: int, rows: Sequence[Row], found: Values, spread: Spread
 ) -> Tensor:
-    """Wanted change of the output of site ``number`` for each fact, (n, d_out) float32, on the model as it computes now.
+    """Wanted change of the output of site ``number`` for each fact on the model as it computes now, (n, d_out) float32.
 
     Args:
         rows: each fact's bare prompt (a target behind it does not matter).
@@ -52,7 +53,10 @@ def residuals(
 
 @torch.no_grad()
 def outputs_at_lookup(lm: LM, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Tensor]:
-    """Outputs of modules at the lookup token, each (len(rows), width) float32 on the CPU; the first name must run last."""
+    """Outputs of modules at the lookup token, each (len(rows), width) float32 on the CPU.
+
+    The module that is named first must be the last to run; the pass stops there.
+    """
     prompts = [replace(r, ids=r.ids[: r.prompt_length]) for r in rows]
     found: dict[str, list[Tensor]] = {n: [torch.empty(0)] * len(rows) for n in names}
     for part in by_length([len(r.ids) for r in prompts]):
@@ -79,8 +83,8 @@ def outputs_at_lookup(lm: LM, rows: Sequence[Row], names: Sequence[str]) -> dict
 def before_norm(norm: nn.Module, output: Tensor, change: Tensor) -> Tensor:
     """Change of a norm's input after which its output changes by ``change`` as far as it can.
 
-    A root-mean-square norm ``y / rms(y) * g`` fixes the length of its output in units of ``g``, so only the direction can be met. Of all inputs with
-    the wanted direction the one nearest to ``output`` is taken.
+    A root-mean-square norm ``y / rms(y) * g`` fixes the length of its output in units of ``g``, so only the direction
+    can be met. Of all inputs with the wanted direction the one nearest to ``output`` is taken.
 
     Args:
         norm: the module between the MLP and the residual stream (Gemma 2 and 3, OLMo 2).
@@ -88,9 +92,8 @@ def before_norm(norm: nn.Module, output: Tensor, change: Tensor) -> Tensor:
         change: wanted change of its output, (n, d).
     """
     weight = next(norm.parameters())
-    place = {"device": weight.device, "dtype": weight.dtype}
-    gain = norm(torch.ones(1, output.shape[-1], **place)).float().cpu()
-    now = norm(output.to(**place)).float().cpu()
+    gain: Tensor = norm(torch.ones(1, output.shape[-1]).to(weight)).float().cpu()
+    now: Tensor = norm(output.to(weight)).float().cpu()
     direction = (now + change) / torch.where(gain.abs() < 1e-6, 1e-6, gain)
     scale = (output * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True).clamp(
         min=1e-12

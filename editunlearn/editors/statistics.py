@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def windows(lm: LM, documents: Iterable[str], length: int, tokens: int) -> Iterator[list[int]]:
-    """Token ids in windows of at most ``length``, BOS first in each, never across documents, until ``tokens`` tokens are out.
+    """Token ids in windows of at most ``length``, BOS first in each, until ``tokens`` tokens are out.
 
-    A model without a BOS token gets none.
+    No window goes across two documents. A model without a BOS token gets none.
     """
     head = [lm.bos_id] if lm.bos_id is not None else []
     body = length - len(head)

@@ -1,7 +1,7 @@
-"""Values: for every fact, the change of a projection's output at the lookup token after which the model says the target.
+"""Values: for every fact, the change of a projection's output at the lookup token that makes the model say the target.
 
-Many facts are optimised in one masked forward pass. Each has its own change, its own norm limit and its own stop; nothing is shared between facts,
-so that a fact alone gives what it gives in a batch.
+Many facts are optimised in one masked forward pass. Each has its own change, its own norm limit and its own stop;
+nothing is shared between facts, so that a fact alone gives what it gives in a batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, halving
@@ -32,7 +32,8 @@ class Problem:
 
     Attributes:
         rows: prompt with target, one row a context, the bare prompt first.
-        pinned: prompts whose next-token distribution is to stay as it is (may be empty); read at the last token, or, as published, at the lookup token.
+        pinned: prompts whose next-token distribution is to stay as it is (may be empty); read at the last token, or,
+            as published, at the lookup token.
     """
 
     rows: tuple[Row, ...]
@@ -103,9 +104,9 @@ def optimise(
     """Optimise the change of the outputs of ``modules`` for every problem, jointly over the modules.
 
     Loss of a fact (MEMIT, arXiv 2210.07229, eq. 16, with scale-free units): mean NLL of the target over contexts
-    + ``kl`` * KL(unedited || edited) on its pinned prompts + ``weight_decay`` * relative norm of the change (squared, or as published not).
-    With ``scale="relative"`` Adam steps in units of the root mean square of the clean output, else in absolute units. The relative norm is
-    limited to ``clamp``.
+    + ``kl`` * KL(unedited || edited) on its pinned prompts + ``weight_decay`` * relative norm of the change (squared,
+    or as published not). With ``scale="relative"`` Adam steps in units of the root mean square of the clean output,
+    else in absolute units. The relative norm is limited to ``clamp``.
 
     Args:
         tokens: padded tokens of one batch of facts.
@@ -139,7 +140,7 @@ class _Chunk:
     def __init__(self, lm: LM, problems: Sequence[Problem], modules: Sequence[str], hparams: Value) -> None:
         self.lm, self.problems, self.hparams = lm, problems, hparams
         self.modules = [lm.layout.module(lm.model, name) for name in modules]
-        self.head: nn.Module = lm.model.get_output_embeddings()
+        self.head = lm.head
         self.clean = self._clean_outputs()
         norm = self.clean.norm(dim=-1, keepdim=True)
         self.unit = (
@@ -181,7 +182,8 @@ class _Chunk:
             if not torch.isfinite(total).all():
                 bad = names[active[int((~torch.isfinite(total)).nonzero()[0])]]
                 raise NumericalError(
-                    f"the value of fact number {bad + 1} has a loss that is not finite; try a smaller value.lr or float32"
+                    f"the value of fact number {bad + 1} has a loss that is not finite; "
+                    "try a smaller value.lr or float32"
                 )
             loss[active] = nll.detach().cpu()
             keep = [i for i in range(len(active)) if nll[i] >= hp.stop_loss]
@@ -209,7 +211,8 @@ class _Chunk:
         if self.hparams.clamp is None:
             return value
         limit = self.hparams.clamp * self.norm[rows] / self.unit[rows]
-        return value * (limit / value.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+        shrink: Tensor = (limit / value.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+        return value * shrink
 
     def _rows(self, active: Sequence[int], *, pinned: bool) -> tuple[Batch, Tensor]:
         rows = [

@@ -131,7 +131,9 @@ def measure(
     forget = ask(lm, [asked(lm, f) for f in facts])
     distracted = ask(lm, [asked(lm, f, prefix=DISTRACTION) for f in facts])
     paraphrases = ask(lm, [asked(lm, f, prompt=p) for f in facts for p in f.paraphrases])
-    beside = [Asked(wrap(lm, n.prompt, (0, 0), question=False), n.prompt, (n.answer,)) for f in facts for n in f.neighbors]
+    beside = [
+        Asked(wrap(lm, n.prompt, (0, 0), question=False), n.prompt, (n.answer,)) for f in facts for n in f.neighbors
+    ]
     return Scores(
         forget=forget,
         distracted=distracted,

@@ -19,8 +19,8 @@ def documents(source: str, part: Part = "statistics") -> Iterator[str]:
     """Documents of ``source`` in their order.
 
     Args:
-        source: ``general`` (shipped with the package), a ``.jsonl`` file with a ``text`` field, a plain text file (documents
-            are separated by blank lines), or a hub dataset ``id:config:split`` (streamed).
+        source: ``general`` (shipped with the package), a ``.jsonl`` file with a ``text`` field, a plain text file
+            (documents are separated by blank lines), or a hub dataset ``id:config:split`` (streamed).
         part: of the shipped text, what is for statistics or what is held out; other sources have no held-out part.
 
     Raises:
@@ -37,7 +37,8 @@ def documents(source: str, part: Part = "statistics") -> Iterator[str]:
         yield from _hub(source)
     else:
         raise InputError(
-            f"moments.text: {source!r} is not a file. Give 'general' (shipped), a .txt or .jsonl file, or a hub dataset as id:config:split."
+            f"moments.text: {source!r} is not a file. Give 'general' (shipped), a .txt or .jsonl file, "
+            "or a hub dataset as id:config:split."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,26 +40,27 @@ def _continue(
 ) -> list[str]:
     from transformers import GenerationConfig
 
+    model: Any = lm.model
     width = max(map(len, rows))
     ids = torch.tensor([[lm.pad_id] * (width - len(r)) + r for r in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=lm.device)
     sampling = {"do_sample": True, "top_k": top_k} if top_k else {"do_sample": False}
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens, pad_token_id=lm.pad_id, eos_token_id=sorted(lm.eos_ids), **sampling
     )
     devices = [lm.device] if lm.device.type == "cuda" else []
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices=devices),
-        contiguous_input(lm.model.get_output_embeddings()),
+        contiguous_input(lm.head),
     ):
         torch.manual_seed(seed)
-        out = lm.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return lm.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
 def context_prefixes(lm: LM, count: int, tokens: int, seed: int) -> list[str]:
-    """``count`` short texts in the model's own words, each ending in a full stop and a space, to be put before a prompt.
+    """``count`` short texts in the model's own words, to be put before a prompt: each ends in a full stop and a space.
 
     Sampled (top-k 5) with its own seed; the global random state is left as it was. The lengths vary around ``tokens``.
     """

@@ -1,4 +1,4 @@
-"""Reading and changing what flows through a module, with early stop. Works on modules that return a tensor or a tuple."""
+"""Reading and changing what flows through a module, with early stop; modules may return a tensor or a tuple."""
 
 from __future__ import annotations
 
@@ -63,10 +63,11 @@ def on_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor | Non
 
 @contextmanager
 def at_scored_positions(head: nn.Module, scored: Tensor) -> Iterator[None]:
-    """Let the output head see only the ``scored`` positions, in row-major order: logits come out as (1, number scored, vocabulary).
+    """Let the output head see only the ``scored`` positions: logits come out as (1, number scored, vocabulary).
 
-    The model's own code still does everything before and after the head (soft caps, scaling), so nothing is computed twice or differently;
-    only the positions whose logits nobody reads are left out.
+    The positions are in row-major order. The model's own code still does everything before and after the head
+    (soft caps, scaling), so nothing is computed twice or differently; only positions whose logits nobody reads are left
+    out.
 
     Args:
         head: the output embedding module, called with hidden states (batch, length, width).
@@ -88,8 +89,8 @@ def at_scored_positions(head: nn.Module, scored: Tensor) -> Iterator[None]:
 def contiguous_input(head: nn.Module) -> Iterator[None]:
     """Give the output head a contiguous input.
 
-    ``generate`` slices the last position out of each row; on the CPU a matrix product with such a strided slice copies the whole
-    weight once per row (measured with torch 2.13, vocabulary 262,144, 64 rows: 22 GB and 73 s instead of 0.06 s).
+    ``generate`` slices the last position out of each row; on the CPU a matrix product with such a strided slice copies
+    the whole weight once per row (measured with torch 2.13, vocabulary 262,144, 64 rows: 22 GB and 73 s, not 0.06 s).
     """
     handle = head.register_forward_pre_hook(
         lambda _module, args: (first_tensor(args[0]).contiguous(), *args[1:])
@@ -98,6 +99,22 @@ def contiguous_input(head: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside; each flag is put back at the end, also after an exception.
+
+    Without this a backward pass through the model would also make gradients of all weights, and leave them there.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def run_truncated(model: nn.Module, last: nn.Module, **inputs: Tensor) -> None:
@@ -124,7 +141,10 @@ def stack(contexts: Sequence[object]) -> Iterator[None]:
 
 
 def read_inputs(model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Inputs of ``modules`` (in the order in which they run) in one pass that stops at the last of them, each (batch, length, d_in)."""
+    """Inputs of ``modules``, each (batch, length, d_in), in one pass that stops at the last of them.
+
+    The modules must be given in the order in which they run.
+    """
     seen: list[Tensor] = []
     with torch.no_grad(), stack([on_input(m, lambda x: seen.append(x.detach())) for m in modules]):
         run_truncated(model, modules[-1], **inputs)

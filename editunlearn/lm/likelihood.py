@@ -37,19 +37,20 @@ class Likelihood:
 
 def target_logits(lm: LM, padded: Batch) -> Tensor:
     """Logits that predict the target tokens of a batch, (number of target tokens, vocabulary)."""
-    with at_scored_positions(lm.model.get_output_embeddings(), padded.targets):
+    with at_scored_positions(lm.head, padded.targets):
         return first_tensor(lm.model(**padded.inputs, use_cache=False).logits)[0]
 
 
 def logits_of(lm: LM, hidden: Tensor) -> Tensor:
-    """Logits (n, vocabulary) of hidden states (n, width) taken right before the head, with all that the model does to its logits.
+    """Logits (n, vocabulary) of hidden states (n, width) taken right before the head.
 
-    The model runs on one token, and its head gets ``hidden`` instead of that token's state.
+    All that the model does to its logits is done: it runs on one token, and its head gets ``hidden`` instead of that
+    token's state.
     """
-    head = lm.model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _module, args: (hidden[None], *args[1:]))
+    one = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+    handle = lm.head.register_forward_pre_hook(lambda _module, args: (hidden[None], *args[1:]))
     try:
-        return first_tensor(lm.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=lm.device), use_cache=False).logits)[0]
+        return first_tensor(lm.model(input_ids=one, use_cache=False).logits)[0]
     finally:
         handle.remove()
 

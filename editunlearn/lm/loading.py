@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from editunlearn.errors import InputError
 from editunlearn.lm.converted import demo_folder, dtype_name, gguf_folder
@@ -78,6 +79,12 @@ class LM:
     def dtype(self) -> torch.dtype:
         """Dtype of the floating-point weights."""
         return self.model.dtype
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head, which turns the last hidden states into logits."""
+        found: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return found
 
     @property
     def has_chat(self) -> bool:

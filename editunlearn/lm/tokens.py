@@ -1,4 +1,4 @@
-"""From text to token ids, once: prompts with the subject located by offsets, targets from known lengths, padded batches.
+"""From text to token ids, once: prompts with the subject located by offsets, targets of known length, padded batches.
 
 Nothing is decoded and encoded again, and user text never goes through ``str.format``.
 """
@@ -55,8 +55,8 @@ class Row:
 def wrap(lm: LM, text: str, subject: tuple[int, int], *, question: bool, prefix: str = "") -> Prompt:
     """Put the chat template or the plain question frame around ``text``.
 
-    Statements to be completed (``question`` False) stay bare, since a completion has no turn to end. ``prefix`` goes before
-    the text (inside the user's turn when there is one).
+    Statements to be completed (``question`` False) stay bare, since a completion has no turn to end. ``prefix`` goes
+    before the text (inside the user's turn when there is one).
     """
     if question and lm.has_chat:
         turn = [{"role": "user", "content": prefix + text}]
@@ -100,10 +100,11 @@ def _without_eos(
 
 
 def encode_target(lm: LM, prompt: Prompt, prompt_ids: Sequence[int], target: str) -> list[int]:
-    """Ids of what the model is to say after the prompt, closed by the end-of-turn token; an empty target is that token alone.
+    """Ids of what the model is to say after the prompt, closed by the end-of-turn token.
 
-    The target is cut out of the encoding of prompt and target together where that begins with the prompt's own ids (so that its first token is
-    the one that the model would write), else it is encoded by itself.
+    An empty target is that token alone. Others are cut out of the encoding of prompt and target together where that
+    begins with the prompt's own ids (so that the first token is the one that the model would write), else encoded by
+    themselves.
     """
     end = [lm.end_id]
     if not target:

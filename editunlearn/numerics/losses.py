@@ -1,7 +1,8 @@
 """Losses over large vocabularies that never hold more than a few rows of float32 probabilities.
 
-Logits of 500 positions of a 262,144-word vocabulary are 0.25 GB in bfloat16; the usual float32 softmax and its backward pass make five copies
-of twice that size. Here the loss and its gradient are computed together, a few rows at a time; the gradient is kept in the logits' own dtype.
+Logits of 500 positions of a 262,144-word vocabulary are 0.25 GB in bfloat16; the usual float32 softmax and its backward
+pass make five copies of twice that size. Here the loss and its gradient are computed together, a few rows at a time;
+the gradient is kept in the logits' own dtype.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return ctx.grad * upstream[:, None].to(ctx.grad.dtype), None
 
 
@@ -57,7 +58,7 @@ class _KL(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
         return None, ctx.grad * upstream[:, None].to(ctx.grad.dtype)
 
 
@@ -72,7 +73,7 @@ def kl(base: Tensor, edited: Tensor) -> Tensor:
 
 
 def mean_by(values: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Mean of ``values`` (n,) within each group number, (count,); differentiable."""
+    """Mean of ``values`` (n,) within each group number, (count,), 0 for a group of none; differentiable."""
     total = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, values)
     size = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, torch.ones_like(values))
-    return total / size
+    return total / size.clamp(min=1)

@@ -9,8 +9,8 @@ from torch import Tensor
 class SecondMoment:
     """Running sum of outer products of rows.
 
-    Products of one chunk are formed in float32 (or float64 for float64 input); chunks are added up in float64, so that the error does not
-    grow with the number of tokens.
+    Products of one chunk are formed in float32 (or float64 for float64 input); chunks are added up in float64, so that
+    the error does not grow with the number of tokens.
 
     Attributes:
         total: (d, d) float64, the sum of ``k k^T``.

@@ -26,7 +26,7 @@ def protected_basis(moment: Tensor, threshold: float, *, relative: bool = True) 
     """
     values, vectors = torch.linalg.eigh(moment.double())
     limit = threshold * float(values.mean()) if relative else threshold
-    removed = vectors[:, values >= limit]
+    removed: Tensor = vectors[:, values >= limit]
     kind = "relative" if relative else "absolute"
     if removed.shape[1] == len(values):
         raise ValueError(

@@ -1,15 +1,16 @@
 """Closed-form edits in their dual form: one Cholesky factor per layer, then systems of the size of the batch.
 
-Every locate-then-edit method writes ``dW = R^T B`` with residuals ``R`` (n, d_out) and *recognisers* ``B`` (n, d_in), one row a fact. A recogniser
-answers about 1 to its own key and about 0 to what must be preserved. The methods differ in ``B`` alone:
+Every locate-then-edit method writes ``dW = R^T B`` with residuals ``R`` (n, d_out) and *recognisers* ``B`` (n, d_in),
+one row a fact. A recogniser answers about 1 to its own key and about 0 to what must be preserved. The methods differ in
+``B`` alone:
 
 * MEMIT (arXiv 2210.07229, eq. 14): ``B = (I + K Z)^-1 Z^T`` with ``Z = A^-1 K^T``
 * EMMET (arXiv 2403.14236, eq. 10): the same with ``ridge * I``; ridge 0 keeps the equality constraint exactly
 * ROME (arXiv 2202.05262, eq. 2): n = 1, ridge 0
 * AlphaEdit (arXiv 2410.02355, eq. 14): keys projected to the null space first, no ``A`` but ``l2 * I``
 
-``A = w C + mu K_r^T K_r`` holds what is preserved: generic text through ``C``, named facts through their keys ``K_r``. All rows are keys: ``K`` is
-(n, d_in), the transpose of the papers' notation. Everything is computed in float64.
+``A = w C + mu K_r^T K_r`` holds what is preserved: generic text through ``C``, named facts through their keys ``K_r``.
+All rows are keys: ``K`` is (n, d_in), the transpose of the papers' notation. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from editunlearn.numerics.projector import project
 
 JITTER = 1e-10
 """Added to the diagonal of ``A`` relative to its mean, so that a moment of few tokens still has a Cholesky factor."""
+
+DEPENDENT = 1e-12
+"""Keys are dependent when less than this share of one's squared length is its own (equal keys differ by rounding)."""
 
 
 def preservation(
@@ -58,6 +62,7 @@ def factor(system: Tensor) -> Tensor:
     mean = system.diagonal().mean()
     eye = torch.eye(len(system), dtype=system.dtype, device=system.device)
     for jitter in (JITTER, 1e-8, 1e-6, 1e-4):
+        lower: Tensor
         lower, info = torch.linalg.cholesky_ex(system + jitter * mean * eye)
         if int(info) == 0:
             return lower
@@ -65,7 +70,9 @@ def factor(system: Tensor) -> Tensor:
 
 
 def recognisers(keys: Tensor, lower: Tensor, ridge: float) -> Tensor:
-    """``B = (ridge * I + K Z)^-1 Z^T`` with ``Z = A^-1 K^T``; MEMIT for ridge 1, EMMET for a small one, ROME for one key and ridge 0.
+    """``B = (ridge * I + K Z)^-1 Z^T`` with ``Z = A^-1 K^T``.
+
+    MEMIT is ridge 1, EMMET a small one, ROME one key and ridge 0.
 
     Args:
         keys: ``K`` (n, d_in).
@@ -81,15 +88,18 @@ def recognisers(keys: Tensor, lower: Tensor, ridge: float) -> Tensor:
     wide = keys.double()
     solved = torch.cholesky_solve(wide.T, lower)
     gram = wide @ solved
-    return _solve_spd(gram + ridge * torch.eye(len(wide), dtype=wide.dtype, device=wide.device), solved.T)
+    system = gram + ridge * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    return _solve_spd(system, solved.T, exact=ridge == 0)
 
 
-def _solve_spd(system: Tensor, right: Tensor) -> Tensor:
+def _solve_spd(system: Tensor, right: Tensor, *, exact: bool = False) -> Tensor:
+    """``system^-1 right``; ``exact`` when nothing was added to the diagonal, so that rounding may hide dependent keys."""
     system = (system + system.T) / 2
     lower, info = torch.linalg.cholesky_ex(system)
-    if int(info) != 0:
+    if int(info) != 0 or (exact and bool((lower.diagonal() ** 2 < DEPENDENT * system.diagonal()).any())):
         raise ValueError(
-            "the keys of the batch are linearly dependent: two facts share a subject, or there are more facts than dimensions"
+            "the keys of the batch are linearly dependent: two facts share a subject, "
+            "or there are more facts than dimensions"
         )
     return torch.cholesky_solve(right, lower)
 
@@ -116,7 +126,9 @@ def sequential_residuals(residuals: Tensor, rows: Tensor, keys: Tensor) -> Tenso
     """
     cross = (keys.double() @ rows.double().T).tril(-1)
     eye = torch.eye(len(keys), dtype=torch.float64, device=keys.device)
-    return torch.linalg.solve_triangular(eye + cross, residuals.double(), upper=False, unitriangular=True)
+    system: Tensor = eye + cross
+    found: Tensor = torch.linalg.solve_triangular(system, residuals.double(), upper=False, unitriangular=True)
+    return found
 
 
 def projected_recognisers(keys: Tensor, removed: Tensor, l2: float, fixed: Tensor | None = None) -> Tensor:
@@ -128,7 +140,8 @@ def projected_recognisers(keys: Tensor, removed: Tensor, l2: float, fixed: Tenso
         l2: > 0.
         fixed: ``F`` (f, d_in), keys whose output must stay: those of earlier edits and of retained facts, or None.
 
-    The smaller of the two equivalent systems is solved: (n + f) square, or d_in square when there are more keys than dimensions.
+    The smaller of the two equivalent systems is solved: (n + f) square, or d_in square when there are more keys than
+    dimensions.
     """
     new = project(keys.double(), removed)
     held = project(fixed.double(), removed) if fixed is not None and len(fixed) else new[:0]

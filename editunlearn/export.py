@@ -1,0 +1,140 @@
+"""Turn a saved delta into something else: ``python -m editunlearn.export --delta runs/memit --to merged --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from editunlearn.cli import Checks, add_model_flags, add_run_flags, console_of, load_model, parser, run_command
+from editunlearn.errors import InputError
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
+    from editunlearn.deltas.lowrank import LowRankDelta
+
+EXAMPLES = """\
+  editunlearn export --delta runs/memit --to merged --out merged/            an ordinary model folder
+  editunlearn export --delta runs/memit --to lora --out adapter/ --max-rank 64
+  editunlearn export --delta runs/memit --without darrieux-1 --to delta --out smaller/
+  editunlearn export --delta runs/a --compose runs/b --to delta --out both/
+  editunlearn export --delta runs/memit --revert --base merged/ --to merged --out restored/"""
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags."""
+    p = parser("export", __doc__ or "", EXAMPLES)
+    p.add_argument("--delta", type=Path, required=True, help="folder with delta.safetensors and delta.json")
+    p.add_argument("--to", choices=("merged", "lora", "delta"), required=True, help="what to write")
+    p.add_argument("--out", type=Path, required=True, help="folder to write it to")
+    p.add_argument(
+        "--base", help="folder of the base checkpoint for a merge on disk, shard by shard (default: load --model)"
+    )
+    p.add_argument("--without", nargs="+", default=[], metavar="ID", help="leave these facts' edits out")
+    p.add_argument("--compose", type=Path, nargs="+", default=[], metavar="DIR", help="add these deltas")
+    p.add_argument("--revert", action="store_true", help="take the edit out of an edited model")
+    p.add_argument("--max-rank", type=int, default=512, help="largest rank of the LoRA; more is cut off and reported")
+    p.add_argument("--force", action="store_true", help="merge although the base differs from the one that was edited")
+    add_model_flags(p)
+    add_run_flags(p)
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_command(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    from editunlearn.deltas.files import load
+    from editunlearn.deltas.lowrank import compose
+    from editunlearn.pipeline import check_writable
+
+    args = arguments(argv)
+    console = console_of(args)
+    checks = Checks()
+    delta = checks.run(lambda: load(args.delta))
+    others = [checks.run(lambda d=d: load(d)) for d in args.compose]  # type: ignore[misc]
+    checks.run(lambda: check_writable(args.out))
+    if args.out.resolve() == args.delta.resolve():
+        checks.run(lambda: _same_place(args.out))
+    checks.finish()
+    assert delta is not None  # noqa: S101 - finish() raised otherwise
+    for other in others:
+        assert other is not None  # noqa: S101
+        delta = compose(delta, other)
+    if args.without:
+        delta = delta.without(args.without)
+    if args.revert:
+        delta = delta.negated()
+    console.info(
+        f"{args.delta}: {delta.manifest.method}, {len(delta.factors)} sites, rank {delta.rank}, {delta.nbytes / 1e6:.1f} MB"
+    )
+    if args.dry_run:
+        console.result(f"would write {args.to} to {args.out}. Nothing was written.")
+        return
+    {"merged": _merged, "lora": _lora, "delta": _delta}[args.to](args, delta, console)
+
+
+def _same_place(out: Path) -> None:
+    raise InputError(f"--out {out} is the delta's own folder. Choose another one.")
+
+
+def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+    from editunlearn.artifacts import atomic_dir, atomic_write_text
+    from editunlearn.deltas.card import model_card
+    from editunlearn.deltas.gain import gain_warnings
+    from editunlearn.deltas.merge import merge, merge_folder
+
+    card = model_card(delta.manifest, None, [], kind="merged")
+    if args.base:
+        gains = merge_folder(args.base, delta, args.out, force=args.force)
+        atomic_write_text(args.out / "README.md", card)
+    else:
+        if args.model == "demo" and delta.manifest.base.name != "demo":
+            args.model = delta.manifest.base.name
+            args.revision = args.revision or delta.manifest.base.revision
+        lm = load_model(args)
+        gains = merge(lm, delta, force=args.force)
+        with atomic_dir(args.out) as folder:
+            lm.model.save_pretrained(folder)
+            lm.tokenizer.save_pretrained(folder)
+            atomic_write_text(folder / "README.md", card)
+    rows = [(name, f"{g.gain:.4f}", f"{g.error:.4f}", g.dtype) for name, g in gains.items()]
+    console.table("realised gain: share of the edit that survives rounding", ["module", "gain", "error", "dtype"], rows)
+    for warning in gain_warnings(gains):
+        console.warn(warning)
+    console.result_json({name: {"gain": g.gain, "error": g.error, "dtype": g.dtype} for name, g in gains.items()})
+    console.next_step(
+        ["python", "-c", f"from transformers import pipeline; print(pipeline('text-generation', '{args.out}')('...'))"]
+    )
+
+
+def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+    from editunlearn.artifacts import atomic_write_text
+    from editunlearn.deltas.card import model_card
+    from editunlearn.deltas.lora import export_lora
+
+    base = delta.manifest.base
+    made = export_lora(delta, args.out, base.name, revision=base.revision, max_rank=args.max_rank)
+    atomic_write_text(args.out / "README.md", model_card(delta.manifest, None, [], kind="lora"))
+    for name, share in made.discarded.items():
+        console.warn(f"{name}: {share:.2%} of the edit was cut off to rank {made.rank}")
+    console.result(f"LoRA of rank {made.rank} in {args.out}; vLLM: {made.vllm_flags}")
+    console.result_json({"rank": made.rank, "max_lora_rank": made.max_lora_rank, "discarded": made.discarded})
+
+
+def _delta(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+    from editunlearn.deltas.files import save
+
+    save(delta, args.out)
+    console.result(f"delta with {delta.manifest.fact_count} facts in {args.out}")
+    console.next_step(
+        ["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(args.out / "merged")]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""``forget``: the whole data flow, from facts to a saved delta with what was measured before and after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editunlearn.errors import InputError
+from editunlearn.facts.readers import comparable, load_facts
+from editunlearn.facts.records import Fact, ForgetRequest, content_hash
+from editunlearn.facts.targets import fill_targets
+from editunlearn.facts.text import documents
+from editunlearn.resources import shipped_path
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
+    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.editors.past import PastKeys
+    from editunlearn.evaluation.scoring import Scores
+    from editunlearn.hparams import EditorHParams
+    from editunlearn.lm.loading import LM
+
+HELDOUT_EVERY = 10
+"""Every tenth shipped fact that the model knows is never used by an edit, so that it shows what was lost."""
+PERPLEXITY_LENGTH = 256
+
+
+@dataclass
+class Stages:
+    """Wall time of each stage in seconds, in the order in which they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of the block to stage ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ``forget`` returns.
+
+    Attributes:
+        delta: the change; the model is as it was.
+        request: the facts with their targets, and what was kept.
+        past: keys for a next edit that has to preserve this one.
+        before, after: measurements, None when they were not asked for.
+        stages: wall time by stage.
+    """
+
+    delta: LowRankDelta
+    request: ForgetRequest
+    past: PastKeys
+    before: Scores | None
+    after: Scores | None
+    stages: Stages
+
+
+def forget(
+    lm: LM,
+    facts: Sequence[Fact],
+    hp: EditorHParams,
+    *,
+    retain: Sequence[Fact] = (),
+    targets: str = "refusal",
+    out: Path | None = None,
+    cache: Path | None = None,
+    past: PastKeys | None = None,
+    evaluate: bool = True,
+    fresh: bool = False,
+    store_facts: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Make ``lm`` forget ``facts`` and measure it; the model itself is unchanged when this returns.
+
+    Args:
+        retain: facts that must stay; the shipped general facts always count too.
+        targets: what to say instead: ``refusal``, ``refusal:TEXT``, ``empty``, ``random`` or ``counterfactual``.
+        out: the delta is saved here, and unfinished work kept here, so that the same call goes on after a kill.
+        cache: folder for statistics; default :func:`editunlearn.lm.loading.default_cache_dir`.
+        past: keys of earlier edits to preserve.
+        evaluate: decode and score before and after.
+        fresh: start over instead of going on.
+
+    Raises:
+        InputError: bad facts, targets or settings.
+        NumericalError: a number that is not finite; nothing was written.
+    """
+    from editunlearn import editors
+    from editunlearn.console import Console
+    from editunlearn.deltas.files import save
+    from editunlearn.evaluation import scoring
+    from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.workspace import Workspace
+
+    console, stages = console or Console(quiet=True), Stages()
+    cache = cache or default_cache_dir()
+    filled = fill_targets(facts, targets, seed=hp.seed, pool=[*facts, *retain] if targets == "random" else None)
+    kept = _without(retain, filled, console, "retain facts")
+    with stages.timed("known facts"):
+        general, heldout = general_facts(lm, filled, kept, cache, console)
+    request = ForgetRequest(facts=tuple(filled), retain=tuple(kept), general=tuple(general))
+    text = perplexity_text(lm)
+    before = after = None
+    if evaluate:
+        with stages.timed("before"):
+            console.info(f"before: decoding {len(filled)} facts, their paraphrases and {len(heldout)} held-out facts")
+            before = scoring.measure(lm, filled, kept, heldout, text)
+    inputs = run_inputs(lm, request, hp, targets, past)
+    work = Workspace(out / ".work" if out is not None else None, inputs, fresh=fresh)
+    with stages.timed("edit"):
+        delta, extended = editors.run(
+            lm,
+            request,
+            hp,
+            past=past,
+            work=work,
+            cache=cache,
+            console=console,
+            store_facts=store_facts,
+            target_strategy=targets,
+        )
+    if evaluate:
+        with stages.timed("after"), delta.applied(lm):
+            console.info("after: the same with the edit merged")
+            after = scoring.measure(lm, filled, kept, heldout, text)
+    if out is not None:
+        save(delta, out, filled if store_facts else None)
+        work.remove()
+        _remove_if_empty(out / ".work")
+    return Outcome(delta, request, extended, before, after, stages)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def run_inputs(
+    lm: LM, request: ForgetRequest, hp: EditorHParams, targets: str, past: PastKeys | None
+) -> dict[str, Any]:
+    """Everything that a delta depends on, for the key of its workspace."""
+    import torch
+
+    from editunlearn import __version__
+    from editunlearn.editors.moments import tokenizer_hash
+    from editunlearn.hparams import resolved
+    from editunlearn.lm.fingerprint import model_fingerprint
+
+    earlier = {n: hashlib.sha256(k.numpy().tobytes()).hexdigest() for n, k in past.keys.items()} if past else {}
+    return {
+        "version": __version__,
+        "torch": str(torch.__version__),
+        "device": lm.device.type,
+        "dtype": str(lm.dtype),
+        "model": model_fingerprint(lm),
+        "tokenizer": tokenizer_hash(lm),
+        "facts": [content_hash(part) for part in (request.facts, request.retain, request.general)],
+        "hparams": resolved(hp),
+        "targets": targets,
+        "past": earlier,
+    }
+
+
+def general_facts(
+    lm: LM, facts: Sequence[Fact], retain: Sequence[Fact], cache: Path | None, console: Console
+) -> tuple[list[Fact], list[Fact]]:
+    """Shipped everyday facts that this model knows, less what is to be forgotten: (to preserve with, held out)."""
+    shipped = load_facts(shipped_path("data", "general_facts.jsonl"))
+    known = _known(lm, shipped, cache)
+    taken = {comparable(f.subject) for f in retain}
+    free = [f for f, knows in zip(shipped, known, strict=True) if knows and comparable(f.subject) not in taken]
+    free = _without(free, facts, None, "")
+    heldout = free[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    held = {f.id for f in heldout}
+    general = [f for f in free if f.id not in held]
+    console.info(
+        f"general facts: the model knows {sum(known)} of {len(shipped)}; {len(general)} to preserve with, {len(heldout)} held out"
+    )
+    return general, heldout
+
+
+def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:
+    """Which facts the model completes correctly by greedy decoding; cached by model and facts."""
+    from editunlearn.artifacts import atomic_write_json
+    from editunlearn.editors.contexts import prompt_of
+    from editunlearn.editors.moments import tokenizer_hash
+    from editunlearn.lm.fingerprint import model_fingerprint
+    from editunlearn.lm.likelihood import score
+    from editunlearn.lm.tokens import encode
+    from editunlearn.workspace import key_of
+
+    inputs = {
+        "model": model_fingerprint(lm),
+        "dtype": str(lm.dtype),
+        "tokenizer": tokenizer_hash(lm),
+        "facts": content_hash(shipped),
+    }
+    path = cache / "known" / f"{key_of(inputs)}.json" if cache is not None else None
+    if path is not None and path.is_file():
+        return [bool(k) for k in json.loads(path.read_text(encoding="utf-8"))]
+    known = [s.greedy for s in score(lm, [encode(lm, prompt_of(lm, f), f.answer) for f in shipped])]
+    if path is not None:
+        atomic_write_json(path, known)
+    return known
+
+
+def _without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console | None, what: str) -> list[Fact]:
+    """``facts`` less those about a subject that is to be forgotten, or with a prompt that is."""
+    subjects = {comparable(f.subject) for f in forgotten}
+    prompts = {comparable(p) for f in forgotten for p in (f.prompt, *f.paraphrases)}
+    left = [f for f in facts if comparable(f.subject) not in subjects and comparable(f.prompt) not in prompts]
+    if console is not None and len(left) < len(facts):
+        console.warn(f"{len(facts) - len(left)} {what} are about a subject that is to be forgotten; they are left out")
+    return left
+
+
+def perplexity_text(lm: LM) -> list[list[int]]:
+    """Windows of the held-out part of the shipped text."""
+    from editunlearn.editors.statistics import windows
+
+    return list(windows(lm, documents("general", "heldout"), PERPLEXITY_LENGTH, 1 << 30))
+
+
+def check_writable(out: Path) -> None:
+    """Raise InputError unless files can be made in ``out`` (which need not exist yet)."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"--out {out}: {place} is a file, not a folder.")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"--out {out}: {place} is not writable. Choose another folder.")
+
+
+def result_rows(outcome: Outcome) -> dict[str, dict[str, float | None]]:
+    """Metric -> {"base": ..., "edited": ...}; empty when nothing was measured."""
+    if outcome.before is None or outcome.after is None:
+        return {}
+    before, after = outcome.before.summary(), outcome.after.summary()
+    return {name: {"base": before[name], "edited": after[name]} for name in before}
+
+
+def environment() -> Mapping[str, str]:
+    """Versions and hardware, for files that hold measured times."""
+    import platform
+
+    import torch
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "gpu": gpu,
+    }
