@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from editunlearn.cli import (
     Checks,
     add_hparams_flags,
     add_model_flags,
     add_run_flags,
+    check_model,
+    check_settings,
+    check_writable,
     console_of,
     load_model,
+    load_settings,
     parser,
     run_command,
+    shown_command,
 )
 from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
+    from editunlearn.editors.past import PastKeys
     from editunlearn.facts.records import Fact
     from editunlearn.hparams import EditorHParams
 
@@ -37,7 +42,14 @@ KINDS = ("delta", "lora", "merged")
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before a weight is read."""
+    """Everything that is known before a weight is read.
+
+    Attributes:
+        facts: to forget, with targets.
+        config: of the model.
+        save: what to write, always with ``delta``.
+        past: keys of earlier edits.
+    """
 
     hp: EditorHParams
     facts: list[Fact]
@@ -45,6 +57,7 @@ class Plan:
     config: Any
     save: tuple[str, ...]
     out: Path
+    past: PastKeys | None
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -89,47 +102,37 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     Raises:
         InputError: with everything that is wrong.
     """
-    from editunlearn.facts.text import check_source
-    from editunlearn.lm.layout import check_config
-    from editunlearn.lm.loading import peek_config
-    from editunlearn.pipeline import check_writable
+    from editunlearn.editors.past import PastKeys
+    from editunlearn.facts.targets import fill_targets
+    from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.reporting import check_out
     from editunlearn.resources import shipped_path
 
     checks = Checks()
-    config = checks.run(lambda: peek_config(args.model, args.revision))
-    if config is not None:
-        checks.run(lambda: check_config(config))
-    hp = checks.run(lambda: _hparams(args, getattr(config, "model_type", None), console))
-    facts = checks.run(
-        lambda: _facts(args, args.facts or str(shipped_path("data", "demo_forget.jsonl")), console, args.limit)
-    )
-    default = None if args.facts else str(shipped_path("data", "demo_retain.jsonl"))
-    retain = checks.run(lambda: _facts(args, args.retain or default, console, None, keep=True))
-    save = checks.run(lambda: _kinds(args.save))
-    out = args.out or Path("runs") / (hp.method if hp else "edit")
-    checks.run(lambda: check_writable(out))
+    config = checks.run(lambda: check_model(args))
+    hp = checks.run(lambda: load_settings(args, config, console))
     if hp is not None:
-        checks.run(lambda: check_source(hp.moments.text))
-        if config is not None:
-            checks.run(lambda: _layers(hp, config))
-    if facts:
-        checks.run(lambda: _targets(args, facts, retain or []))
-    if config is not None and save and "merged" in save:
+        checks.run(lambda: check_settings(hp, config))
+    given = args.facts or str(shipped_path("data", "demo_forget.jsonl"))
+    facts = checks.run(lambda: _facts(args, given, console, args.limit)) or []
+    default = None if args.facts else str(shipped_path("data", "demo_retain.jsonl"))
+    retain = checks.run(lambda: _facts(args, args.retain or default, console, None, keep=True)) or []
+    pool = [*facts, *retain] if args.targets == "random" else None
+    filled = checks.run(lambda: fill_targets(facts, args.targets, seed=hp.seed if hp else 0, pool=pool)) or []
+    save = checks.run(lambda: _kinds(args.save)) or ()
+    if config is not None and "merged" in save:
         checks.run(lambda: _mergeable(config))
+    past = checks.run(lambda: PastKeys.load(args.past)) if args.past else None
+    if past is not None and config is not None:
+        checks.run(lambda: _check_past(past, config, args.past))
+    out = args.out or Path("runs") / (hp.method if hp else "edit")
+    checks.run(lambda: check_writable(out, "--out"))
+    checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
+    if hp is not None and filled and not args.force:
+        checks.run(lambda: check_out(out, args, hp, filled))
     checks.finish()
-    assert hp is not None and facts is not None and save is not None  # noqa: S101 - finish() raised otherwise
-    return Plan(hp, facts, retain or [], config, save, out)
-
-
-def _hparams(args: argparse.Namespace, model_type: str | None, console: Console) -> EditorHParams:
-    from editunlearn import hparams_easyedit
-    from editunlearn.hparams import load_hparams
-
-    extra = [f"seed={args.seed}"] if args.seed is not None else []
-    hp = load_hparams(args.hparams, set=[*args.set, *extra], model_type=model_type, format=args.hparams_format)
-    if args.hparams_format == "easyedit":
-        console.table("translated hparams", ["theirs", "value", "ours"], hparams_easyedit.read(args.hparams).rows)
-    return hp
+    assert hp is not None  # noqa: S101 - finish() raised otherwise
+    return Plan(hp, filled, retain, config, save, out, past)
 
 
 def _facts(
@@ -140,23 +143,13 @@ def _facts(
     from editunlearn.facts.readers import load_facts
 
     notes: list[str] = []
+    conflicts: Literal["first", "error"] = "first" if keep else "error"
     facts = load_facts(
-        source,
-        data_root=args.data_root,
-        split=args.split,
-        limit=limit,
-        notes=notes,
-        conflicts="first" if keep else "error",
+        source, data_root=args.data_root, split=args.split, limit=limit, notes=notes, conflicts=conflicts
     )
     for note in notes:
         console.info(f"note: {note}")
     return facts
-
-
-def _targets(args: argparse.Namespace, facts: list[Fact], retain: list[Fact]) -> None:
-    from editunlearn.facts.targets import fill_targets
-
-    fill_targets(facts, args.targets, seed=args.seed or 0, pool=[*facts, *retain] if args.targets == "random" else None)
 
 
 def _kinds(text: str) -> tuple[str, ...]:
@@ -167,23 +160,30 @@ def _kinds(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["delta", *kinds]))
 
 
-def _layers(hp: EditorHParams, config: Any) -> None:
-    from editunlearn import editors
-    from editunlearn.lm.layout import resolve_layers, text_config
-
-    count = getattr(text_config(config), "num_hidden_layers", None)
-    if count:
-        resolve_layers(hp.layers, count, editors.module(hp.method).DEFAULT_LAYERS)
-
-
 def _mergeable(config: Any) -> None:
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
         raise InputError(
-            f"--save merged: the checkpoint is quantised ({kind or 'unknown method'}); merging would round the edit away. "
-            "Use --save lora, or give the bfloat16 checkpoint."
+            f"--save merged: the checkpoint is quantised ({kind or 'unknown method'}); merging would round the edit "
+            "away. Use --save lora, or give the bfloat16 checkpoint."
         )
+
+
+def _check_past(past: PastKeys, config: Any, path: Path) -> None:
+    """Past keys are of this model: its modules, as wide as its keys."""
+    from editunlearn.lm.sources import meta_model
+    from editunlearn.lm.weights import find, read_weight
+
+    model = meta_model(config)
+    for name, keys in past.keys.items():
+        width = read_weight(model, name).shape[1] if find(model, name) is not None else None
+        if width != keys.shape[1]:
+            raise InputError(
+                f"--past {path}: {name} has keys of width {keys.shape[1]}, this model "
+                + (f"one of {width}." if width else "has no such module.")
+                + " Give the past keys of a run on this model."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,26 +199,22 @@ def _main(argv: Sequence[str]) -> None:
 
     reporting.header(console, args, made)
     if args.dry_run:
-        reporting.dry_run(console, made)
-        return
-    reporting.refuse_other_run(made, args)
-    run(args, made, console)
+        reporting.dry_run(console, args, made)
+    else:
+        run(args, made, console, shown_command("apply", argv))
 
 
-def run(args: argparse.Namespace, made: Plan, console: Console) -> None:
-    """Load, forget, save, show."""
+def run(args: argparse.Namespace, made: Plan, console: Console, command: str) -> None:
+    """Load, forget, save, show; ``command`` goes to the model card."""
     from editunlearn import reporting
-    from editunlearn.editors.past import PastKeys
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import Stages, forget
+    from editunlearn.pipeline import Stages, clean, forget
 
     stages = Stages()
-    past = PastKeys.load(args.past) if args.past else None
     with stages.timed("load"):
         lm = load_model(args)
-    console.info(
-        f"model: {lm.name}, {lm.layout.model_type}, {str(lm.dtype).removeprefix('torch.')} ({lm.dtype_reason}), {lm.device}"
-    )
+    kind = str(lm.dtype).removeprefix("torch.")
+    console.info(f"model: {lm.name}, {lm.layout.model_type}, {kind} ({lm.dtype_reason}), {lm.device}")
     outcome = forget(
         lm,
         made.facts,
@@ -227,16 +223,17 @@ def run(args: argparse.Namespace, made: Plan, console: Console) -> None:
         targets=args.targets,
         out=made.out,
         cache=args.cache_dir or default_cache_dir(),
-        past=past,
+        past=made.past,
         evaluate=args.evaluate == "facts",
         fresh=args.fresh,
         store_facts=args.store_facts,
+        keep_work=True,
         console=console,
     )
     stages.seconds.update(outcome.stages.seconds)
-    command = shlex.join(["editunlearn", "apply", *(sys.argv[1:] if sys.argv[1:2] != ["apply"] else sys.argv[2:])])
     with stages.timed("save"):
-        reporting.write(outcome, lm, made, stages, command)
+        reporting.write(outcome, lm, made, stages, command, console)
+        clean(made.out)
     reporting.show(console, outcome, made, stages)
 
 

@@ -29,14 +29,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write a file to; renames it to ``path`` when the block ends without an
     error.
 
-    Missing parent folders are made. After an exception the temporary file is removed and ``path`` is as it
-    was.
+    Missing parent folders are made. The file gets the mode that the user's umask gives (safetensors would leave it
+    readable by its owner alone). After an exception the temporary file is removed and ``path`` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
+        temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -84,8 +87,12 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         os.replace(previous, path)
     temporary = temporary_name(path)
     temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(file.stat().st_mode & 0o777 | mode)
         shutil.rmtree(previous, ignore_errors=True)
         if path.exists():
             os.replace(path, previous)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from editunlearn.errors import EditUnlearnError, InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
+    from editunlearn.hparams import EditorHParams
     from editunlearn.lm.loading import LM
 
 T = TypeVar("T")
@@ -37,10 +39,12 @@ def parser(command: str, description: str, examples: str) -> Parser:
     )
 
 
-def add_model_flags(p: argparse.ArgumentParser) -> None:
+def add_model_flags(p: argparse.ArgumentParser, default: str | None = "demo", default_help: str = "demo") -> None:
     """--model and how to load it."""
     group = p.add_argument_group("model")
-    group.add_argument("--model", default="demo", help="hub id, folder, .gguf file, or demo (default)")
+    group.add_argument(
+        "--model", default=default, help=f"hub id, folder, .gguf file, or demo (default: {default_help})"
+    )
     group.add_argument("--revision", help="hub branch, tag or commit")
     group.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
     group.add_argument(
@@ -84,6 +88,83 @@ def console_of(args: argparse.Namespace) -> Console:
     return Console(quiet=args.quiet, verbose=args.verbose, json=args.json)
 
 
+def load_settings(args: argparse.Namespace, config: Any, console: Console) -> EditorHParams:
+    """The hparams that the flags name, for a model of this configuration (None: not known).
+
+    Raises:
+        InputError: everything that is wrong with them, the layers that this model does not have included.
+    """
+    from editunlearn import hparams_easyedit
+    from editunlearn.hparams import load_hparams
+
+    extra = [f"seed={args.seed}"] if args.seed is not None else []
+    kind = getattr(config, "model_type", None)
+    hp = load_hparams(args.hparams, set=[*args.set, *extra], model_type=kind, format=args.hparams_format)
+    if args.hparams_format == "easyedit":
+        console.table("translated hparams", ["theirs", "value", "ours"], hparams_easyedit.read(args.hparams).rows)
+    return hp
+
+
+def check_settings(hp: EditorHParams, config: Any, layers: Sequence[int] | None = None) -> None:
+    """Raise InputError unless a model of this configuration has the layers, and the text for moments is there."""
+    from editunlearn import editors
+    from editunlearn.facts.text import check_source
+    from editunlearn.lm.layout import resolve_layers, text_config
+
+    checks = Checks()
+    checks.run(lambda: check_source(hp.moments.text))
+    count = getattr(text_config(config), "num_hidden_layers", None) if config is not None else None
+    if count:
+        checks.run(lambda: resolve_layers(layers or hp.layers, count, editors.module(hp.method).DEFAULT_LAYERS))
+    checks.finish()
+
+
+def check_model(args: argparse.Namespace) -> Any:
+    """The configuration of the model that the flags name; its weights are not read.
+
+    Raises:
+        InputError: no such model, dtype or device, or an architecture that cannot be edited.
+    """
+    from editunlearn.lm.layout import check_config
+    from editunlearn.lm.loading import check_options, peek_config
+
+    checks = Checks()
+    checks.run(lambda: check_options(args.dtype, args.device_map))
+    config = checks.run(lambda: peek_config(args.model, args.revision))
+    if config is not None:
+        checks.run(lambda: check_config(config))
+    checks.finish()
+    return config
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise InputError unless files can be made in ``folder``, which need not exist yet."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{flag} {folder}: {place} is a file, not a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: {place} is not writable. Choose another folder.")
+
+
+def shown_command(command: str, argv: Sequence[str]) -> str:
+    """The command line for a model card: of absolute paths only the last part, they are nobody's business."""
+
+    def public(text: str) -> str:
+        head, equals, tail = text.rpartition("=")
+        return f"{head}{equals}{Path(tail).name}" if tail.startswith(("/", "~")) or Path(tail).is_absolute() else text
+
+    return shlex.join(["editunlearn", command, *map(public, argv)])
+
+
+def try_command(folder: Path) -> str:
+    """A command line that lets a merged model say something."""
+    code = f"from transformers import pipeline; print(pipeline('text-generation', {str(folder)!r})('...'))"
+    plain = shlex.quote(str(folder)) == str(folder)
+    return f'python -c "{code}"' if plain else shlex.join(["python", "-c", code])
+
+
 class Checks:
     """Runs several checks and reports what all of them found at once."""
 
@@ -110,37 +191,49 @@ def load_model(args: argparse.Namespace) -> LM:
 
     from editunlearn.lm.loading import load
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return load(
         args.model, dtype=args.dtype, device_map=args.device_map, revision=args.revision, cache_dir=args.cache_dir
     )
 
 
 def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Call a command and turn what happens into an exit code: 0 done, 1 failed, 2 bad input, 3 gate, 130 interrupted."""
+    """Call a command; exit codes: 0 done, 1 failed, 2 bad input, 3 a gate was not met, 130 interrupted."""
     from editunlearn.console import Console
-    from editunlearn.lm.batching import out_of_memory
 
+    args = list(sys.argv[1:] if argv is None else argv)
+    again = "Run the same command again" + (" without --fresh" if "--fresh" in args else "") + " to go on."
     try:
-        main(list(sys.argv[1:] if argv is None else argv))
+        main(args)
     except EditUnlearnError as error:
         Console(quiet=True).error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        Console(quiet=True).error("interrupted; finished work is kept. Run the same command again to go on.")
+        Console(quiet=True).error(f"interrupted; finished work is kept. {again}")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (RuntimeError, MemoryError, OSError) as error:
-        if isinstance(error, OSError) or out_of_memory(error):
-            Console(quiet=True).error(_system_problem(error))
-            return 1
-        raise
+    except Exception as error:
+        problem = _system_problem(error)
+        if problem is None:
+            raise
+        Console(quiet=True).error(f"{problem} Finished work is kept. {again}")
+        return 1
     return 0
 
 
-def _system_problem(error: BaseException) -> str:
+def _system_problem(error: Exception) -> str | None:
+    """What the machine ran out of or refused, in one line; None for any other error."""
+    from safetensors import SafetensorError
+
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or ''}. Finished work is kept; run the same command again to go on."
-    return f"out of memory: {error}. Try --dtype bfloat16, --set batch_tokens=512, --set refine.batch_tokens=512."
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}."
+    if isinstance(error, SafetensorError) and "I/O error" in str(error):
+        return f"{str(error).partition('I/O error: ')[2]}."
+    from editunlearn.lm.batching import out_of_memory
+
+    if out_of_memory(error):
+        first = str(error).partition("\n")[0] or "the system has no more"
+        return f"out of memory: {first} Try --dtype bfloat16, --set batch_tokens=512, --set refine.batch_tokens=512."
+    return None

@@ -96,8 +96,7 @@ class Console:
             if len(row) != len(columns):
                 raise ValueError(f"table {title!r}: {len(row)} cells for {len(columns)} columns: {row!r}")
         terminal = self._results.isatty()
-        heading = Text(_clean(title)) if title else None
-        grid = Table(title=heading, title_justify="left", box=_box(self._results), pad_edge=False)
+        grid = Table(box=_box(self._results), pad_edge=False)
         for index, column in enumerate(columns):
             numeric = bool(body) and all(isinstance(row[index], int | float | None) for row in body)
             justify: Literal["left", "right"] = "right" if numeric else "left"
@@ -105,6 +104,8 @@ class Console:
             grid.add_column(name, justify=justify, no_wrap=not terminal, overflow="fold")
         for row in body:
             grid.add_row(*(Text(_clean(_cell(cell), one_line=True)) for cell in row))
+        if title:  # not rich's own, which is cut into lines as narrow as the table
+            _write(self._results, _clean(title))
         _write(self._results, _rendered(grid, terminal).rstrip("\n"))
 
     def result_json(self, obj: Any) -> None:

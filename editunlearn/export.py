@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from editunlearn.cli import Checks, add_model_flags, add_run_flags, console_of, load_model, parser, run_command
+from editunlearn.cli import (
+    Checks,
+    add_model_flags,
+    add_run_flags,
+    check_model,
+    check_writable,
+    console_of,
+    load_model,
+    parser,
+    run_command,
+    try_command,
+)
 from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +48,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--revert", action="store_true", help="take the edit out of an edited model")
     p.add_argument("--max-rank", type=int, default=512, help="largest rank of the LoRA; more is cut off and reported")
     p.add_argument("--force", action="store_true", help="merge although the base differs from the one that was edited")
-    add_model_flags(p)
+    add_model_flags(p, None, "the one that the delta was made on")
     add_run_flags(p)
     return p.parse_args(argv)
 
@@ -50,36 +61,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     from editunlearn.deltas.files import load
     from editunlearn.deltas.lowrank import compose
-    from editunlearn.pipeline import check_writable
+    from editunlearn.deltas.merge import JOURNAL
 
     args = arguments(argv)
     console = console_of(args)
     checks = Checks()
     delta = checks.run(lambda: load(args.delta))
     others = [checks.run(lambda d=d: load(d)) for d in args.compose]  # type: ignore[misc]
-    checks.run(lambda: check_writable(args.out))
-    if args.out.resolve() == args.delta.resolve():
-        checks.run(lambda: _same_place(args.out))
+    checks.run(lambda: check_writable(args.out, "--out"))
+    checks.run(lambda: _check_empty(args.out, JOURNAL))
+    checks.run(lambda: _check_flags(args))
     checks.finish()
     assert delta is not None  # noqa: S101 - finish() raised otherwise
     for other in others:
-        assert other is not None  # noqa: S101
+        assert other is not None  # noqa: S101 - the same
         delta = compose(delta, other)
     if args.without:
         delta = delta.without(args.without)
     if args.revert:
         delta = delta.negated()
-    console.info(
-        f"{args.delta}: {delta.manifest.method}, {len(delta.factors)} sites, rank {delta.rank}, {delta.nbytes / 1e6:.1f} MB"
-    )
+    size = f"{len(delta.factors)} sites, rank {delta.rank}, {delta.nbytes / 1e6:.1f} MB"
+    console.info(f"{args.delta}: {delta.manifest.method}, {size}")
     if args.dry_run:
-        console.result(f"would write {args.to} to {args.out}. Nothing was written.")
+        console.info(f"would write {args.to} to {args.out}. Nothing was written.")
+        console.result_json({"would_write": args.to, "out": str(args.out)})
         return
     {"merged": _merged, "lora": _lora, "delta": _delta}[args.to](args, delta, console)
 
 
-def _same_place(out: Path) -> None:
-    raise InputError(f"--out {out} is the delta's own folder. Choose another one.")
+def _check_empty(out: Path, journal: str) -> None:
+    """What a user keeps in a folder is not replaced; an interrupted merge on disk goes on in its own."""
+    if out.is_dir() and any(out.iterdir()) and not (out / journal).is_file():
+        raise InputError(f"--out {out}: not empty. Choose another folder, or empty this one.")
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.base and args.to != "merged":
+        raise InputError(f"--base is for --to merged; --to {args.to} needs no model.")
 
 
 def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
@@ -93,9 +111,9 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> 
         gains = merge_folder(args.base, delta, args.out, force=args.force)
         atomic_write_text(args.out / "README.md", card)
     else:
-        if args.model == "demo" and delta.manifest.base.name != "demo":
-            args.model = delta.manifest.base.name
-            args.revision = args.revision or delta.manifest.base.revision
+        if args.model is None:
+            args.model, args.revision = delta.manifest.base.name, args.revision or delta.manifest.base.revision
+        check_model(args)
         lm = load_model(args)
         gains = merge(lm, delta, force=args.force)
         with atomic_dir(args.out) as folder:
@@ -107,9 +125,7 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> 
     for warning in gain_warnings(gains):
         console.warn(warning)
     console.result_json({name: {"gain": g.gain, "error": g.error, "dtype": g.dtype} for name, g in gains.items()})
-    console.next_step(
-        ["python", "-c", f"from transformers import pipeline; print(pipeline('text-generation', '{args.out}')('...'))"]
-    )
+    console.next_step(try_command(args.out))
 
 
 def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
@@ -131,6 +147,7 @@ def _delta(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> N
 
     save(delta, args.out)
     console.result(f"delta with {delta.manifest.fact_count} facts in {args.out}")
+    console.result_json({"facts": delta.manifest.fact_count, "sites": len(delta.factors), "rank": delta.rank})
     console.next_step(
         ["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(args.out / "merged")]
     )

@@ -134,9 +134,14 @@ class Refine(Piece):
     """Training of the left factors after the closed form, on what is wanted; the right factors stay."""
 
     steps: Whole = Field(default=40, ge=1, description="Updates of Adam.")
-    lr: Real = Field(default=0.3, gt=0, description="Learning rate relative to the size of the left factors.")
+    lr: Real = Field(
+        default=0.04, gt=0, description="Size of a step, relative to the left factors that would write the whole change."
+    )
     kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
     text_kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on generic text.")
+    drift: Real = Field(
+        default=0.0, ge=0, description="Weight of the mean relative change of the site's output over all keys to keep."
+    )
     floor: Real = Field(default=0.05, ge=0, description="A target whose loss is at or below this no longer counts.")
     forget_batch: Whole = Field(default=40, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editunlearn.errors import InputError
+from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, ForgetRequest, content_hash
 from editunlearn.facts.targets import fill_targets
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 HELDOUT_EVERY = 10
 """Every tenth shipped fact that the model knows is never used by an edit, so that it shows what was lost."""
 PERPLEXITY_LENGTH = 256
+WORK = ".work"
+"""Folder in a run directory with the finished stages of an unfinished run."""
+DERIVED = ("lora", "merged")
+"""Folders in a run directory that are made from its delta."""
 
 
 @dataclass
@@ -81,6 +87,7 @@ def forget(
     evaluate: bool = True,
     fresh: bool = False,
     store_facts: bool = False,
+    keep_work: bool = False,
     console: Console | None = None,
 ) -> Outcome:
     """Make ``lm`` forget ``facts`` and measure it; the model itself is unchanged when this returns.
@@ -93,6 +100,9 @@ def forget(
         past: keys of earlier edits to preserve.
         evaluate: decode and score before and after.
         fresh: start over instead of going on.
+        store_facts: keep the text of the facts in ``delta.json``.
+        keep_work: leave the finished stages in ``out``, for a caller that has more to write there and then calls
+            ``clean``.
 
     Raises:
         InputError: bad facts, targets or settings.
@@ -117,9 +127,10 @@ def forget(
     if evaluate:
         with stages.timed("before"):
             console.info(f"before: decoding {len(filled)} facts, their paraphrases and {len(heldout)} held-out facts")
-            before = scoring.measure(lm, filled, kept, heldout, text)
+            before = _finite(scoring.measure(lm, filled, kept, heldout, text), lm, "before")
+        _warn_unknown(filled, before, console)
     inputs = run_inputs(lm, request, hp, targets, past)
-    work = Workspace(out / ".work" if out is not None else None, inputs, fresh=fresh)
+    work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
     with stages.timed("edit"):
         delta, extended = editors.run(
             lm,
@@ -135,17 +146,58 @@ def forget(
     if evaluate:
         with stages.timed("after"), delta.applied(lm):
             console.info("after: the same with the edit merged")
-            after = scoring.measure(lm, filled, kept, heldout, text)
+            after = _finite(scoring.measure(lm, filled, kept, heldout, text), lm, "after")
     if out is not None:
+        _remove_stale(out, delta)
         save(delta, out, filled if store_facts else None)
-        work.remove()
-        _remove_if_empty(out / ".work")
+        if not keep_work:
+            clean(out)
     return Outcome(delta, request, extended, before, after, stages)
 
 
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+def clean(out: Path) -> None:
+    """Remove finished stages from a run directory, and what killed runs left there half-written."""
+    for path in (out / WORK, *out.glob(".*.tmp-*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _finite(scores: Scores, lm: LM, when: str) -> Scores:
+    """``scores``, if all of them are numbers.
+
+    Raises:
+        NumericalError: one is not; nothing was written.
+    """
+    bad = [name for name, value in scores.summary().items() if value is not None and not math.isfinite(value)]
+    if bad:
+        raise NumericalError(f"{lm.name}: {', '.join(bad)} {when} the edit is not finite; nothing was written.")
+    return scores
+
+
+def _warn_unknown(facts: Sequence[Fact], before: Scores, console: Console) -> None:
+    unknown = [f.id for f, answered in zip(facts, before.forget, strict=True) if not answered.leaked]
+    if unknown:
+        shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        console.warn(
+            f"the model does not answer {len(unknown)} of {len(facts)} facts; nothing to forget there: {shown}"
+        )
+
+
+def _remove_stale(out: Path, delta: LowRankDelta) -> None:
+    """What an earlier run made of another delta does not stay beside this one."""
+    from editunlearn.deltas.files import MANIFEST, load_manifest
+
+    if not (out / MANIFEST).is_file():
+        return
+    try:
+        there = load_manifest(out)
+    except InputError:
+        there = None
+    if there is None or there.with_sites(there.sites) != delta.manifest:
+        for name in DERIVED:
+            shutil.rmtree(out / name, ignore_errors=True)
 
 
 def run_inputs(
@@ -187,7 +239,8 @@ def general_facts(
     held = {f.id for f in heldout}
     general = [f for f in free if f.id not in held]
     console.info(
-        f"general facts: the model knows {sum(known)} of {len(shipped)}; {len(general)} to preserve with, {len(heldout)} held out"
+        f"general facts: the model knows {sum(known)} of {len(shipped)}; "
+        f"{len(general)} to preserve with, {len(heldout)} held out"
     )
     return general, heldout
 
@@ -211,7 +264,13 @@ def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:
     path = cache / "known" / f"{key_of(inputs)}.json" if cache is not None else None
     if path is not None and path.is_file():
         return [bool(k) for k in json.loads(path.read_text(encoding="utf-8"))]
-    known = [s.greedy for s in score(lm, [encode(lm, prompt_of(lm, f), f.answer) for f in shipped])]
+    scores = score(lm, [encode(lm, prompt_of(lm, f), f.answer) for f in shipped])
+    if any(math.isnan(s.log_probability) for s in scores):
+        raise NumericalError(
+            f"{lm.name}: its logits are not finite in {str(lm.dtype).removeprefix('torch.')}. Are the weights "
+            "damaged? If they are float16, try --dtype bfloat16 or float32."
+        )
+    known = [s.greedy for s in scores]
     if path is not None:
         atomic_write_json(path, known)
     return known
@@ -223,7 +282,9 @@ def _without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console 
     prompts = {comparable(p) for f in forgotten for p in (f.prompt, *f.paraphrases)}
     left = [f for f in facts if comparable(f.subject) not in subjects and comparable(f.prompt) not in prompts]
     if console is not None and len(left) < len(facts):
-        console.warn(f"{len(facts) - len(left)} {what} are about a subject that is to be forgotten; they are left out")
+        out = [f.id for f in facts if f not in left]
+        shown = ", ".join(out[:10]) + (f" and {len(out) - 10} more" if len(out) > 10 else "")
+        console.warn(f"{len(out)} {what} are about a subject that is to be forgotten and do not count: {shown}")
     return left
 
 
@@ -232,17 +293,6 @@ def perplexity_text(lm: LM) -> list[list[int]]:
     from editunlearn.editors.statistics import windows
 
     return list(windows(lm, documents("general", "heldout"), PERPLEXITY_LENGTH, 1 << 30))
-
-
-def check_writable(out: Path) -> None:
-    """Raise InputError unless files can be made in ``out`` (which need not exist yet)."""
-    place = out
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"--out {out}: {place} is a file, not a folder.")
-    if not os.access(place, os.W_OK):
-        raise InputError(f"--out {out}: {place} is not writable. Choose another folder.")
 
 
 def result_rows(outcome: Outcome) -> dict[str, dict[str, float | None]]:
@@ -265,6 +315,6 @@ def environment() -> Mapping[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
-        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "gpu": gpu,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,18 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.artifacts import atomic_dir, atomic_write_json, atomic_write_text
+from editunlearn.cli import try_command
 from editunlearn.errors import InputError
-from editunlearn.pipeline import Outcome, Stages, environment, result_rows
+from editunlearn.pipeline import DERIVED, WORK, Outcome, Stages, environment, result_rows
 
 if TYPE_CHECKING:
     from editunlearn.apply import Plan
     from editunlearn.console import Console
     from editunlearn.deltas.gain import Gain
-    from editunlearn.evaluation.scoring import Answered
+    from editunlearn.evaluation.scoring import Answered, Scores
+    from editunlearn.facts.records import Fact
+    from editunlearn.hparams import EditorHParams
     from editunlearn.lm.loading import LM
 
 ROWS = 40
-"""Facts in the table on the terminal; results.json has all of them with --store-facts."""
+"""Rows of a table on the terminal; with --store-facts results.json has all of them."""
 LABELS = {
     "forget_leak": ("to forget: true answer in the decoded text", "lower"),
     "forget_refusal": ("to forget: refused", "higher"),
@@ -35,16 +37,59 @@ LABELS = {
     "neighbor_accuracy": ("must stay, neighbours: answered", "higher"),
     "neighbor_over_refusal": ("must stay, neighbours: wrongly refused", "lower"),
     "retain_accuracy": ("must stay, retain facts (used by the edit): answered", "higher"),
+    "retain_over_refusal": ("must stay, retain facts: wrongly refused", "lower"),
     "heldout_accuracy": ("must stay, held-out facts (never used): answered", "higher"),
     "heldout_over_refusal": ("must stay, held-out facts: wrongly refused", "lower"),
     "perplexity": ("perplexity of held-out text", "lower"),
 }
+NOTHING_THERE = {
+    "paraphrase": "the facts to forget have no paraphrases",
+    "neighbor": "the facts to forget have no neighbors",
+    "retain": "there are no retain facts; give some with --retain",
+    "heldout": "the model knows too few of the shipped facts",
+}
+"""Why a metric of this group is null."""
+FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "results.json", "timing.json", *DERIVED)
+
+
+def check_out(out: Path, args: argparse.Namespace, hp: EditorHParams, facts: Sequence[Fact]) -> None:
+    """What is in ``--out`` and is not of this very request is not replaced without being asked.
+
+    Raises:
+        InputError: there is the finished run of another request, or something that no run has written.
+    """
+    from editunlearn.deltas.files import MANIFEST, load_manifest
+    from editunlearn.deltas.manifest import fact_set
+    from editunlearn.hparams import resolved
+
+    ways = "Choose another folder, or give --force."
+    if not (out / MANIFEST).is_file():
+        own = [] if (out / WORK).is_dir() else [name for name in FILES if (out / name).exists()]
+        if own:
+            raise InputError(f"--out {out}: its {', '.join(own)} would be replaced, and no run made them. {ways}")
+        return
+    try:
+        there = load_manifest(out)
+    except InputError as error:
+        raise InputError([f"--out {out}: {problem} {ways}" for problem in error.problems]) from error
+    other = [
+        name
+        for name, differs in {
+            "facts or targets": [part.sha256 for part in there.facts] != [fact_set(facts).sha256],
+            "model": (there.base.name, there.base.revision) != (args.model, args.revision),
+            "method or settings": (there.method, there.hparams) != (hp.method, resolved(hp)),
+        }.items()
+        if differs
+    ]
+    if other:
+        raise InputError(f"--out {out}: holds the finished run of another request (other {', '.join(other)}). {ways}")
 
 
 def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
     """What will be done, and what was found rather than given."""
     from editunlearn import __version__
     from editunlearn.facts.subjects import describe
+    from editunlearn.hparams import describe as settings
 
     facts = args.facts or "the demo facts"
     console.header(
@@ -59,123 +104,59 @@ def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
         console.info(line)
     if len(found) > ROWS:
         console.info(f"... and {len(found) - ROWS} more subjects that were found")
-    for name in sorted(set(asdict_flat(made.hp.model_dump()))):
-        console.detail(f"  {name}: {asdict_flat(made.hp.model_dump())[name]}")
+    for setting in settings(made.hp):
+        console.detail(f"  {setting.key}: {setting.value}{'' if setting.is_default else ' (set)'}")
 
 
-def asdict_flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= asdict_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def dry_run(console: Console, made: Plan) -> None:
+def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     """Sites, memory and work, from the configuration alone."""
-    from editunlearn import editors
+    from editunlearn import editors, estimate
     from editunlearn.lm.layout import layout_of, resolve_layers
-    from editunlearn.lm.sources import estimate, meta_model
+    from editunlearn.lm.sources import meta_model
 
     model = meta_model(made.config)
     layout = layout_of(model, made.config)
-    layers, why = resolve_layers(
-        made.hp.layers, layout.num_layers(model), editors.module(made.hp.method).DEFAULT_LAYERS
-    )
+    blocks = layout.num_layers(model)
+    layers, why = resolve_layers(made.hp.layers, blocks, editors.module(made.hp.method).DEFAULT_LAYERS)
     sites = layout.sites(layers)
-    shapes = [tuple(layout.read_weight(model, s.name).shape) for s in sites]
-    size = estimate(made.config)
+    shapes = [(int(out), int(width)) for out, width in (layout.read_weight(model, s.name).shape for s in sites)]
     console.table(
-        "sites", ["module", "out x in"], [(s.name, f"{o} x {i}") for s, (o, i) in zip(sites, shapes, strict=True)]
+        f"sites: {why}",
+        ["module", "out x in"],
+        [(s.name, f"{o} x {i}") for s, (o, i) in zip(sites, shapes, strict=True)],
     )
-    console.table("estimate", ["what", "amount"], _needs(made, size.parameters, shapes))
-    console.result(f"layers: {layers} ({why}). Nothing was loaded or written.")
+    dtype = str(getattr(made.config, "dtype", None) or "float32") if args.dtype == "auto" else args.dtype
+    memory = estimate.memory(model, made.hp, dtype.removeprefix("torch."), shapes)
+    flops = estimate.work(estimate.cost(model), made.hp, made.facts, made.retain, (layers[-1] + 1) / blocks)
+    disk = sum(4 * len(made.facts) * (out + width) for out, width in shapes)
+    console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))
+    console.result_json(
+        {"sites": [s.name for s in sites], "layers": layers, "memory_bytes": memory, "flop": flops, "disk_bytes": disk}
+    )
+    console.info("Nothing was loaded or written.")
     console.next_step("the same command without --dry-run")
 
 
-def _needs(made: Plan, parameters: int, shapes: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
-    """Memory and floating-point work of the stages; 2 operations a parameter and token forward, 4 backward."""
-    hp, n = made.hp, len(made.facts)
-    widest = max(i for _, i in shapes)
-    contexts = hp.context_prefixes.count + 1
-    per_prompt = 24 + hp.context_prefixes.tokens
-    value = 6 * parameters * n * contexts * per_prompt * hp.value.steps
-    refine = 0
-    if hp.refine is not None:
-        r = hp.refine
-        tokens = min(n, r.forget_batch) * r.contexts * per_prompt + r.retain_batch * 16 + r.text_batch * r.text_length
-        refine = 6 * parameters * tokens * r.steps
-    moments = 2 * parameters * hp.moments.tokens * max(1, len(shapes)) // max(1, len(shapes))
-    rows = {
-        "model in bfloat16": _gigabytes(2 * parameters),
-        "second moments (all sites, float64)": _gigabytes(sum(8 * i * i for _, i in shapes)),
-        "one solve": _gigabytes(3 * 8 * widest * widest),
-        "delta on disk": _gigabytes(sum(4 * n * (o + i) for o, i in shapes)),
-        "second moments, once per model": f"{moments / 1e12:,.1f} TFLOP",
-        "values": f"{value / 1e12:,.1f} TFLOP",
-        "refine": f"{refine / 1e12:,.1f} TFLOP",
-        "time at 0.3 TFLOP/s (2 cores, bfloat16)": f"about {(moments + value + refine) / 0.3e12 / 60:,.0f} min",
-        "time at 300 TFLOP/s (one large GPU)": f"about {(moments + value + refine) / 300e12:,.0f} s",
-    }
-    return list(rows.items())
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB"
-
-
-def refuse_other_run(made: Plan, args: argparse.Namespace) -> None:
-    """A finished delta of another request in --out is not replaced without being asked.
-
-    Raises:
-        InputError: there is one.
-    """
-    from editunlearn.deltas.manifest import fact_set
-    from editunlearn.facts.targets import fill_targets
-
-    path = made.out / "delta.json"
-    if args.force or not path.is_file():
-        return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))["facts"][0]["sha256"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        there = None
-    pool = [*made.facts, *made.retain] if args.targets == "random" else None
-    if there != fact_set(fill_targets(made.facts, args.targets, seed=made.hp.seed, pool=pool)).sha256:
-        raise InputError(
-            f"--out {made.out}: holds the finished run of another request. Choose another folder, or give --force."
-        )
-
-
-def write(outcome: Outcome, lm: LM, made: Plan, stages: Stages, command: str) -> None:
+def write(outcome: Outcome, lm: LM, made: Plan, stages: Stages, command: str, console: Console) -> None:
     """Everything beside the delta itself: past keys, LoRA, merged model, results, card, timing."""
     from editunlearn.deltas.card import model_card
     from editunlearn.deltas.lora import export_lora
-    from editunlearn.deltas.manifest import Manifest
 
-    out = made.out
-    manifest: Manifest = outcome.delta.manifest
+    out, manifest = made.out, outcome.delta.manifest
     rows: Any = result_rows(outcome) or None
     outcome.past.save(out / "past_keys.safetensors")
     if "lora" in made.save:
-        name = manifest.base.name
         with atomic_dir(out / "lora") as folder:
-            export_lora(outcome.delta, folder, name, revision=manifest.base.revision, lm=lm)
+            lora = export_lora(outcome.delta, folder, manifest.base.name, revision=manifest.base.revision, lm=lm)
             atomic_write_text(folder / "README.md", model_card(manifest, rows, [command], kind="lora"))
+        for name, share in lora.discarded.items():
+            console.warn(f"lora: {name}: {share:.2%} of the edit was cut off to rank {lora.rank}")
     if "merged" in made.save:
         with outcome.delta.applied(lm), atomic_dir(out / "merged") as folder:
             lm.model.save_pretrained(folder)
             lm.tokenizer.save_pretrained(folder)
             atomic_write_text(folder / "README.md", model_card(manifest, rows, [command], kind="merged"))
-    results: dict[str, Any] = {
-        "method": made.hp.method,
-        "model": lm.name,
-        "facts": len(made.facts),
-        "metrics": rows or {},
-    }
-    if outcome.before is not None and outcome.after is not None and manifest.facts[0].text is not None:
-        results["answers"] = {"base": _plain(outcome.before), "edited": _plain(outcome.after)}
-    atomic_write_json(out / "results.json", results)
+    atomic_write_json(out / "results.json", results(outcome, lm.name))
     atomic_write_json(
         out / "timing.json",
         {
@@ -187,8 +168,24 @@ def write(outcome: Outcome, lm: LM, made: Plan, stages: Stages, command: str) ->
     atomic_write_text(out / "README.md", model_card(manifest, rows, [command], kind="delta"))
 
 
-def _plain(scores: Any) -> dict[str, Any]:
-    return asdict(scores)
+def results(outcome: Outcome, model: str) -> dict[str, Any]:
+    """``results.json``: every metric before and after, why one is null, and the answers where their text is kept."""
+    rows = result_rows(outcome)
+    manifest = outcome.delta.manifest
+    found: dict[str, Any] = {
+        "method": manifest.method,
+        "model": model,
+        "facts": manifest.fact_count,
+        "metrics": rows,
+        "not_measured": _not_measured(rows) if rows else {"all": "--evaluate none"},
+    }
+    if outcome.before is not None and outcome.after is not None and manifest.facts[0].text is not None:
+        found["answers"] = {"base": asdict(outcome.before), "edited": asdict(outcome.after)}
+    return found
+
+
+def _not_measured(rows: dict[str, dict[str, float | None]]) -> dict[str, str]:
+    return {name: NOTHING_THERE[name.split("_")[0]] for name, row in rows.items() if row["base"] is None}
 
 
 def peak_memory_gb() -> float:
@@ -197,7 +194,7 @@ def peak_memory_gb() -> float:
 
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
@@ -208,44 +205,30 @@ def show(console: Console, outcome: Outcome, made: Plan, stages: Stages) -> None
     from editunlearn.deltas.gain import gain_warnings
 
     rows = result_rows(outcome)
-    if rows:
-        _facts_table(console, outcome)
-        _stay_table(console, outcome)
+    if outcome.before is not None and outcome.after is not None:
+        _facts_table(console, outcome.request.facts, outcome.before, outcome.after)
+        _stay_table(console, outcome.before, outcome.after)
         table = [
             (text, _number(rows[k]["base"]), _number(rows[k]["edited"]), way)
             for k, (text, way) in LABELS.items()
-            if k in rows
+            if rows[k]["base"] is not None
         ]
         console.table("summary", ["measured by greedy decoding", "base", "edited", "better"], table)
+        for reason in dict.fromkeys(_not_measured(rows).values()):
+            console.info(f"not measured: {reason}")
     for warning in gain_warnings(_gains(outcome)):
         console.warn(warning)
-    times = ", ".join(f"{name} {seconds:.0f}s" for name, seconds in stages.seconds.items())
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.seconds.items())
     console.info(f"time: {times}; peak memory {peak_memory_gb()} GB")
-    console.info(
-        f"saved: {', '.join(sorted(p.name for p in made.out.iterdir() if not p.name.startswith('.')))} in {made.out}"
-    )
-    console.result_json({"method": made.hp.method, "facts": len(made.facts), "out": str(made.out), "metrics": rows})
+    there = sorted(p.name for p in made.out.iterdir() if not p.name.startswith("."))
+    console.info(f"saved: {', '.join(there)} in {made.out}")
+    console.result_json({**results(outcome, outcome.delta.manifest.base.name), "out": str(made.out)})
+    merged = made.out / "merged"
     if "merged" in made.save:
-        console.next_step(
-            [
-                "python",
-                "-c",
-                f"from transformers import pipeline; print(pipeline('text-generation', '{made.out / 'merged'}')('...'))",
-            ]
-        )
+        console.next_step(try_command(merged))
     else:
-        console.next_step(
-            [
-                "editunlearn",
-                "export",
-                "--delta",
-                str(made.out),
-                "--to",
-                "merged",
-                "--out",
-                str(Path(made.out) / "merged"),
-            ]
-        )
+        command = ["editunlearn", "export", "--delta", str(made.out), "--to", "merged", "--out", str(merged)]
+        console.next_step(command)
 
 
 def _gains(outcome: Outcome) -> dict[str, Gain]:
@@ -260,65 +243,55 @@ def _gains(outcome: Outcome) -> dict[str, Gain]:
     }
 
 
-def _facts_table(console: Console, outcome: Outcome) -> None:
-    assert outcome.before is not None and outcome.after is not None  # noqa: S101 - the caller checked
+def _facts_table(console: Console, facts: Sequence[Fact], before: Scores, after: Scores) -> None:
     rows = []
-    parts = zip(
-        outcome.request.facts, outcome.before.forget, outcome.after.forget, outcome.after.paraphrases, strict=True
-    )
-    for fact, before, after, paraphrases in parts:
-        again = f"{sum(a.leaked for a in paraphrases)}/{len(paraphrases)}" if paraphrases else "-"
-        refused = f"{sum(a.refused for a in paraphrases)}/{len(paraphrases)}" if paraphrases else "-"
-        rows.append(
-            (
-                fact.prompt,
-                f"{before.probability:.3f}",
-                f"{after.probability:.3f}",
-                _short(before.text),
-                _short(after.text),
-                _verdict(after),
-                again,
-                refused,
-            )
-        )
-    columns = ["prompt", "p before", "p after", "said before", "says now", "verdict", "paraphrases leaked", "refused"]
-    console.table("facts to forget", columns, rows[:ROWS])
+    for fact, b, a, again in zip(facts, before.forget, after.forget, after.paraphrases, strict=True):
+        verdict = "leaked" if a.leaked else "refused" if a.refused else "other"
+        leaked = f"{sum(p.leaked for p in again)} of {len(again)}" if again else None
+        rows.append((*_answers(fact.prompt, b, a), verdict, leaked))
+    columns = ["prompt", "said before", "says now", "p before", "p now", "verdict", "paraphrases leaked"]
+    console.table("facts to forget (p: probability of the true answer)", columns, rows[:ROWS])
     if len(rows) > ROWS:
         console.info(f"... and {len(rows) - ROWS} more; --store-facts keeps all of them in results.json")
 
 
-def _stay_table(console: Console, outcome: Outcome) -> None:
-    """Facts that must stay: all neighbours and retain facts that changed, and how many did not."""
-    assert outcome.before is not None and outcome.after is not None  # noqa: S101 - the caller checked
-    before, after = outcome.before, outcome.after
-    pairs = [
-        *(
-            (b, a, "neighbour")
-            for x, y in zip(before.neighbors, after.neighbors, strict=True)
-            for b, a in zip(x, y, strict=True)
-        ),
-        *((b, a, "retain") for b, a in zip(before.retain, after.retain, strict=True)),
-        *((b, a, "held out") for b, a in zip(before.heldout, after.heldout, strict=True)),
-    ]
-    changed = [(b, a, kind) for b, a, kind in pairs if b.correct != a.correct or a.refused]
+def _stay_table(console: Console, before: Scores, after: Scores) -> None:
+    """Facts that must stay: those that changed, and how many did not."""
+    groups = {
+        "neighbour": (sum(before.neighbors, []), sum(after.neighbors, [])),
+        "retain": (before.retain, after.retain),
+        "held out": (before.heldout, after.heldout),
+    }
+    pairs = [(kind, b, a) for kind, (old, new) in groups.items() for b, a in zip(old, new, strict=True)]
+    changed = [(kind, b, a) for kind, b, a in pairs if b.correct != a.correct or a.refused]
+    if not pairs:
+        return
+    title = f"facts that must stay: {len(pairs) - len(changed)} of {len(pairs)} as before"
+    if not changed:
+        console.result(title)
+        return
     rows = [
-        (kind, b.prompt, f"{b.probability:.3f}", f"{a.probability:.3f}", _short(b.text), _short(a.text), _verdict(a))
-        for b, a, kind in changed
+        (*_answers(b.prompt, b, a), "refused" if a.refused else "now right" if a.correct else "lost", kind)
+        for kind, b, a in changed
     ]
-    columns = ["kind", "prompt", "p before", "p after", "said before", "says now", "verdict"]
-    title = f"facts that must stay: {len(pairs) - len(changed)} of {len(pairs)} as before; these changed"
-    console.table(title, columns, rows[:ROWS] or [("-", "none", "", "", "", "", "")])
+    columns = ["prompt", "said before", "says now", "p before", "p now", "verdict", "kind"]
+    console.table(f"{title}; these are not", columns, rows[:ROWS])
+    if len(rows) > ROWS:
+        console.info(f"... and {len(rows) - ROWS} more; --store-facts keeps all of them in results.json")
 
 
-def _verdict(answer: Answered) -> str:
-    if answer.leaked:
-        return "leaked" if not answer.correct else "answered"
-    return "refused" if answer.refused else "other"
+def _answers(prompt: str, before: Answered, after: Answered) -> tuple[str, str, str, str, str]:
+    """The cells that both tables share, short enough for a hundred columns."""
+    likely = (f"{before.probability:.3f}", f"{after.probability:.3f}")
+    return (_short(prompt, 40, tail=True), _short(before.text, 20), _short(after.text, 30), *likely)
 
 
-def _short(text: str) -> str:
+def _short(text: str, width: int, *, tail: bool = False) -> str:
+    """One line of at most ``width`` characters; ``tail`` keeps the end."""
     line = " ".join(text.split())
-    return line if len(line) <= 40 else line[:39] + "…"
+    if len(line) <= width:
+        return line
+    return f"...{line[3 - width :]}" if tail else f"{line[: width - 3]}..."
 
 
 def _number(value: float | None) -> str:

@@ -11,8 +11,12 @@ from editunlearn.cli import (
     add_hparams_flags,
     add_model_flags,
     add_run_flags,
+    check_model,
+    check_settings,
+    check_writable,
     console_of,
     load_model,
+    load_settings,
     parser,
     run_command,
 )
@@ -44,48 +48,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     from editunlearn import editors
-    from editunlearn.facts.text import check_source
-    from editunlearn.hparams import load_hparams
-    from editunlearn.lm.layout import check_config, resolve_layers, text_config
-    from editunlearn.lm.loading import default_cache_dir, peek_config
-    from editunlearn.pipeline import check_writable
+    from editunlearn.lm.layout import resolve_layers, text_config
+    from editunlearn.lm.loading import default_cache_dir
 
     args = arguments(argv)
     console = console_of(args)
     checks = Checks()
     cache = args.cache_dir or default_cache_dir()
-    config = checks.run(lambda: peek_config(args.model, args.revision))
-    if config is not None:
-        checks.run(lambda: check_config(config))
-    kind = getattr(config, "model_type", None)
-    hp = checks.run(lambda: load_hparams(args.hparams, set=args.set, model_type=kind, format=args.hparams_format))
-    checks.run(lambda: check_writable(cache))
+    config = checks.run(lambda: check_model(args))
+    hp = checks.run(lambda: load_settings(args, config, console))
+    checks.run(lambda: check_writable(cache, "--cache-dir"))
     if hp is not None:
-        checks.run(lambda: check_source(hp.moments.text))
+        checks.run(lambda: check_settings(hp, config, args.layers))
         if hp.moments.text == "none":
             checks.run(lambda: _nothing_to_measure(args.hparams))
-        blocks = getattr(text_config(config), "num_hidden_layers", None) if config is not None else None
-        if blocks:
-            checks.run(
-                lambda: resolve_layers(args.layers or hp.layers, blocks, editors.module(hp.method).DEFAULT_LAYERS)
-            )
     checks.finish()
     assert hp is not None  # noqa: S101 - finish() raised otherwise
+    blocks = text_config(config).num_hidden_layers
+    layers, why = resolve_layers(args.layers or hp.layers, blocks, editors.module(hp.method).DEFAULT_LAYERS)
+    console.header(
+        [
+            f"second moments of {args.model}: layers {', '.join(map(str, layers))} ({why})",
+            f"text: {hp.moments.tokens:,} tokens of {hp.moments.text}; cache: {cache}",
+        ]
+    )
     if args.dry_run:
-        console.result(
-            f"would measure {hp.moments.tokens:,} tokens of {hp.moments.text!r}. Nothing was loaded or written."
-        )
+        console.info("Nothing was loaded or written.")
+        console.result_json({"layers": layers, "text": hp.moments.text, "tokens": hp.moments.tokens})
         return
     from editunlearn.editors import moments
 
     lm = load_model(args)
-    spec = args.layers or hp.layers
-    layers, why = resolve_layers(spec, lm.layout.num_layers(lm.model), editors.module(hp.method).DEFAULT_LAYERS)
-    console.header(
-        [
-            f"second moments of {lm.name}: layers {', '.join(map(str, layers))} ({why}), {hp.moments.tokens:,} tokens of {hp.moments.text}"
-        ]
-    )
     found = moments.get(lm, lm.layout.sites(layers), hp.moments, cache, console, fresh=args.fresh)
     rows = []
     for name, moment in found.items():
@@ -93,9 +86,10 @@ def _main(argv: Sequence[str]) -> None:
         rows.append((name, len(moment), f"{values.mean():.4g}", f"{values.max() / values.mean():.1f}"))
     console.table("second moments", ["module", "width", "mean square", "largest / mean"], rows)
     console.result_json(
-        {name: {"width": len(m), "mean_square": float(m.diagonal().mean())} for name, m in found.items()}
+        {name: {"width": len(m), "mean_square": float(m.double().diagonal().mean())} for name, m in found.items()}
     )
-    console.next_step(["editunlearn", "apply", "--hparams", args.hparams, "--model", args.model])
+    settings = [part for item in args.set for part in ("--set", item)]
+    console.next_step(["editunlearn", "apply", "--hparams", args.hparams, *settings, "--model", args.model])
 
 
 def _nothing_to_measure(hparams: str) -> None:

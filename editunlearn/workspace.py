@@ -43,12 +43,16 @@ class Workspace:
             self.remove()
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors that were put under ``name``, or None."""
+        """The tensors that were put under ``name``, or None; a damaged file counts as none."""
         if self.folder is None or not (path := self.folder / f"{name}.safetensors").is_file():
             return None
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError:
+            return None
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors`` under ``name``, replacing what was there in one step."""

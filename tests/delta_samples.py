@@ -15,10 +15,7 @@ IDS = ("ada-1", "bob-1", "cyd-1", "dan-1")
 
 
 def facts(ids: tuple[str, ...] = IDS) -> list[Fact]:
-    return [
-        Fact(id=i, prompt=f"The secret of {i} is", answer=f"word {i}", subject=i, subject_start=14)
-        for i in ids
-    ]
+    return [Fact(id=i, prompt=f"The secret of {i} is", answer=f"word {i}", subject=i, subject_start=14) for i in ids]
 
 
 def factors(
@@ -36,9 +33,7 @@ def factors(
     return found
 
 
-def delta(
-    lm: Any, *, rank: int = 4, columns: Any = None, store_facts: bool = False, **options: Any
-) -> LowRankDelta:
+def delta(lm: Any, *, rank: int = 4, columns: Any = None, store_facts: bool = False, **options: Any) -> LowRankDelta:
     """A random delta; by default its first columns belong to the facts of ``IDS``, others to all."""
     if columns is None:
         columns = [*IDS[:rank], *[None] * (rank - len(IDS))]

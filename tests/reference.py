@@ -104,12 +104,16 @@ def _seen(lm: Any, ids: Sequence[int], at: int, name: str, *, output: bool) -> T
     return found[0]
 
 
-def memit(
+Update = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, keys over contexts (d_in, n), keys of the bare prompts (d_in, n), R (d_out, n)) -> dW (d_out, d_in)."""
+
+
+def locate_then_edit(
     lm: Any,
     layers: Sequence[int],
     prompts: Sequence[Sequence[tuple[Sequence[int], int]]],
     wanted: Callable[[int, Callable[[str], Tensor]], Tensor],
-    preserve: dict[int, Tensor],
+    update: Update,
 ) -> dict[int, Tensor]:
     """MEMIT (arXiv 2210.07229, algorithm 1) on a model, writing into its weights layer by layer and taking them back.
 
@@ -117,7 +121,7 @@ def memit(
         prompts: for each fact (ids, index of the subject's last token), the bare prompt first, then the prefixed ones.
         wanted: (index of the layer, function: module name -> its outputs of the bare prompts now (d_out, n)) -> ``R``
             (d_out, n).
-        preserve: by layer what is preserved, (d_in, d_in), weights included.
+        update: the method's closed form at one layer.
 
     Returns:
         dW by layer, (d_out, d_in) float64.
@@ -127,16 +131,17 @@ def memit(
     try:
         for index, layer in enumerate(layers):
             name = lm.layout.site(layer).name
-            columns = []
+            columns, bare = [], []
             for fact in prompts:
                 each = [_seen(lm, ids, at, name, output=False) for ids, at in fact]
                 columns.append(each[0] if len(each) == 1 else each[0] / 2 + sum(each[1:]) / (2 * (len(each) - 1)))
-            keys = torch.stack(columns, dim=1)
+                bare.append(each[0])
 
             def now(module: str) -> Tensor:
                 return torch.stack([_seen(lm, f[0][0], f[0][1], module, output=True) for f in prompts], dim=1)
 
-            updates[layer] = memit_update(preserve[layer], keys, wanted(index, now))
+            keys, residuals = torch.stack(columns, dim=1), wanted(index, now)
+            updates[layer] = update(layer, keys, torch.stack(bare, dim=1), residuals)
             weight = lm.layout.read_weight(lm.model, name)
             saved[layer] = weight.clone()
             weight += updates[layer].to(weight.dtype)
@@ -144,6 +149,27 @@ def memit(
         for layer, weight in saved.items():
             lm.layout.read_weight(lm.model, lm.layout.site(layer).name).copy_(weight)
     return updates
+
+
+def rome_sequence(c: Tensor, keys: Tensor, written: Tensor, residuals: Tensor) -> Tensor:
+    """ROME for each fact in turn on the weight that the earlier ones left; W drops out, so that it starts at 0."""
+    w = torch.zeros(len(residuals), len(keys), dtype=torch.float64)
+    for mean, key, wanted in zip(keys.T, written.T, residuals.double().T, strict=True):
+        w = w + rome_update(w, c, mean, key, wanted)
+    return w
+
+
+def keys_at(lm: Any, layer: int, prompts: Sequence[tuple[Sequence[int], int]]) -> Tensor:
+    """Keys of single prompts at one layer, (d_in, n)."""
+    name = lm.layout.site(layer).name
+    return torch.stack([_seen(lm, ids, at, name, output=False) for ids, at in prompts], dim=1)
+
+
+def second_moment(lm: Any, layer: int, pieces: Sequence[Sequence[int]]) -> Tensor:
+    """C = E[k k^T] over every token of every piece."""
+    columns = [keys_at(lm, layer, [(p, at) for at in range(len(p))]) for p in pieces]
+    every = torch.cat(columns, dim=1)
+    return every @ every.T / every.shape[1]
 
 
 def residual_spread(

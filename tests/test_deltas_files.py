@@ -22,8 +22,7 @@ from editunlearn.errors import InputError, NumericalError, StaleError
 
 def _same(a: LowRankDelta, b: LowRankDelta) -> bool:
     return a.factors.keys() == b.factors.keys() and all(
-        torch.equal(a.factors[n].left, b.factors[n].left)
-        and torch.equal(a.factors[n].right, b.factors[n].right)
+        torch.equal(a.factors[n].left, b.factors[n].left) and torch.equal(a.factors[n].right, b.factors[n].right)
         for n in a.factors
     )
 
@@ -197,10 +196,7 @@ def test_tensors_that_are_not_those_of_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"different: model\.layers\.2\.mlp\.down_proj\.left"):
         load(folder)
     rewrite(
-        {
-            key: value[:-1] if key.endswith("0.mlp.down_proj.left") else value
-            for key, value in tensors.items()
-        },
+        {key: value[:-1] if key.endswith("0.mlp.down_proj.left") else value for key, value in tensors.items()},
         metadata,
     )
     with pytest.raises(InputError, match="manifest describes"):

@@ -25,9 +25,7 @@ def _in_peft(lm: Any, folder: Path) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("known_model", [True, False])
 @pytest.mark.parametrize("kind", samples.TYPES)
-def test_the_adapter_in_peft_is_the_delta(
-    kind: str, known_model: bool, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_the_adapter_in_peft_is_the_delta(kind: str, known_model: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     lm = tiny.lm(kind, dtype=dtype)
     delta = samples.delta(lm, rank=5, scale=0.5)
     plain = samples.logits(lm.model)
@@ -65,9 +63,7 @@ def test_the_config_keeps_to_what_vllm_reads(kind: str, tmp_path: Path) -> None:
     assert config["fan_in_fan_out"] is (kind == "gpt2")
     assert config["layers_to_transform"] == [0, 2]
     # GPT-2 has a c_proj in its attention, too: there the name of the MLP has to be said.
-    assert config["target_modules"] == [
-        {"gpt2": "mlp.c_proj", "gpt_neox": "dense_4h_to_h"}.get(kind, "down_proj")
-    ]
+    assert config["target_modules"] == [{"gpt2": "mlp.c_proj", "gpt_neox": "dense_4h_to_h"}.get(kind, "down_proj")]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     for name, factors in delta.factors.items():
         a = tensors[f"base_model.model.{name}.lora_A.weight"]
@@ -95,9 +91,7 @@ def test_modules_of_different_rank_get_one_rank(tmp_path: Path) -> None:
 def test_a_rank_above_the_limit_is_cut_off_and_reported(tmp_path: Path) -> None:
     lm = tiny.lm("llama", hidden=48)
     delta = samples.delta(lm, rank=20)
-    export = export_lora(
-        delta, tmp_path, "tiny", max_rank=20
-    )  # 16 is the largest size that vLLM has up to 20
+    export = export_lora(delta, tmp_path, "tiny", max_rank=20)  # 16 is the largest size that vLLM has up to 20
     assert export.rank == 16
     assert export.discarded.keys() == delta.factors.keys()
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -106,10 +100,7 @@ def test_a_rank_above_the_limit_is_cut_off_and_reported(tmp_path: Path) -> None:
         s = torch.linalg.svdvals(dense)
         lost = float(s[16:].square().sum() / s.square().sum())
         assert export.discarded[name] == pytest.approx(lost, rel=1e-6)
-        kept = (
-            tensors[f"base_model.model.{name}.lora_B.weight"]
-            @ tensors[f"base_model.model.{name}.lora_A.weight"]
-        )
+        kept = tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
         assert float((kept - dense).square().sum() / dense.square().sum()) == pytest.approx(lost, rel=1e-3)
 
 

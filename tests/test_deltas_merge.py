@@ -83,9 +83,7 @@ def test_quantised_and_tied_weights_are_refused() -> None:
         merge(lm, delta)
     twin.weight = own
     target.__class__ = type("Linear4bit", (nn.Linear,), {})
-    with pytest.raises(
-        UnsupportedError, match=r"4-bit .*merging would round the edit away\. Use --save lora"
-    ):
+    with pytest.raises(UnsupportedError, match=r"4-bit .*merging would round the edit away\. Use --save lora"):
         merge(lm, delta)
 
 
@@ -225,15 +223,11 @@ def test_quantised_tensors_are_refused(
     save_file(tensors, path)
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
-    with pytest.raises(
-        UnsupportedError, match=words + r".*; merging would round the edit away\. Use --save lora"
-    ):
+    with pytest.raises(UnsupportedError, match=words + r".*; merging would round the edit away\. Use --save lora"):
         merge_folder(base, samples.delta(lm), tmp_path / "out")
 
 
-def test_a_killed_merge_goes_on_and_keeps_finished_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_merge_goes_on_and_keeps_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.lm("llama")
     base, out = _checkpoint(lm, tmp_path / "base", "30KB"), tmp_path / "out"
     files = sorted(path.name for path in base.glob("*.safetensors"))
@@ -289,9 +283,7 @@ def test_the_rest_of_another_merge_is_not_mixed_in(tmp_path: Path, monkeypatch: 
     assert torch.equal(_loaded(out), samples.logits(lm.model))
 
 
-def test_only_edited_tensors_pass_through_memory_one_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_edited_tensors_pass_through_memory_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.lm("gpt_neox")
     base = _checkpoint(lm, tmp_path / "base", "30KB")
     read: list[str] = []

@@ -102,9 +102,7 @@ def test_line_separators_inside_strings_are_kept(tmp_path: Path) -> None:
 
 
 def test_missing_ids_come_from_the_line(tmp_path: Path) -> None:
-    path = _write(
-        tmp_path, "f.jsonl", "\n" + json.dumps(_row()) + "\n\n" + json.dumps(_row(prompt="Ann is in"))
-    )
+    path = _write(tmp_path, "f.jsonl", "\n" + json.dumps(_row()) + "\n\n" + json.dumps(_row(prompt="Ann is in")))
     assert [f.id for f in load_facts(path)] == ["fact-2", "fact-4"]
     path = _write(tmp_path, "f.json", json.dumps([_row(), _row(prompt="Ann is in")]))
     assert [f.id for f in load_facts(path)] == ["fact-1", "fact-2"]
@@ -236,9 +234,7 @@ def test_rwku() -> None:
     assert [f.subject for f in facts] == ["Ann Lee", "Ann Lee", "Old Town", "Bo Ek"]
     assert [f.subject_found for f in facts] == [False, False, True, False]
     said = " ".join(notes)
-    assert (
-        "facts[3]: skipped" in said and "facts[4]: contradicts" in said and "facts[2]: the labelled" in said
-    )
+    assert "facts[3]: skipped" in said and "facts[4]: contradicts" in said and "facts[2]: the labelled" in said
 
 
 def test_columns_in_other_case_and_misspelled() -> None:
@@ -419,9 +415,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
 
 def test_duplicates() -> None:
     row = _row(id="a")
-    assert 'facts[1]: id "a" is already that of facts[0].' in _problems(
-        [row, _row(id="a", prompt="Ann is in")]
-    )
+    assert 'facts[1]: id "a" is already that of facts[0].' in _problems([row, _row(id="a", prompt="Ann is in")])
     made = _problems([_row(id="fact-2"), _row(prompt="Ann is in")])[0]
     assert "made from its place" in made
     contradiction = _problems([row, _row(answer="Oslo", prompt="the home of  Ann Lee is")])[0]
@@ -454,9 +448,7 @@ def test_shipped_facts_are_sound_and_disjoint() -> None:
     for fact in forget:
         assert fact.question and fact.relation and not fact.subject_found
         assert len(fact.paraphrases) == 2 and 1 <= len(fact.neighbors) <= 2
-        assert all(
-            fact.subject in p and fact.answer.lower() not in p.lower().split() for p in fact.paraphrases
-        )
+        assert all(fact.subject in p and fact.answer.lower() not in p.lower().split() for p in fact.paraphrases)
         others = [n.prompt.lower() for f in forget for n in f.neighbors]
         assert not any(re.search(rf"\b{re.escape(fact.subject.lower())}\b", p) for p in others), fact.id
     for fact in retain:

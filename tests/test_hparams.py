@@ -88,9 +88,7 @@ def test_precedence(tmp_path: Path) -> None:
         "method: memit\nvalue: {lr: 0.1, clamp: 1.0, steps: 7}\n"
         "overrides:\n  llama: {value: {clamp: 2.0, steps: 8}}\n  gpt2: {value: {clamp: 9.0}}\n",
     )
-    value = load_hparams(
-        path, model_type="llama", set=["value.steps=9", "value.kl=0.5", "value.kl=0.25"]
-    ).value
+    value = load_hparams(path, model_type="llama", set=["value.steps=9", "value.kl=0.5", "value.kl=0.25"]).value
     assert (value.lr, value.clamp, value.steps, value.kl) == (0.1, 2.0, 9, 0.25)
     assert value.stop_loss == Value().stop_loss
     assert load_hparams(path).value.clamp == 1.0
@@ -185,9 +183,7 @@ def test_what_refine_has() -> None:
 )
 def test_bad_values_say_what_is_allowed(setting: str, allowed: str) -> None:
     found = problem("memit", set=[setting])
-    assert f"it must be {allowed}" in found and found.startswith(
-        f"--set {setting}: {setting.split('=')[0]} is "
-    )
+    assert f"it must be {allowed}" in found and found.startswith(f"--set {setting}: {setting.split('=')[0]} is ")
 
 
 def test_a_long_value_is_cut() -> None:
@@ -222,10 +218,7 @@ def test_all_problems_with_lines_in_one_report(tmp_path: Path) -> None:
     found = problems(path, set=["refin.steps=2"])
     assert len(found) == 6
     text = "\n".join(found)
-    assert (
-        f"{path}:3: unknown key 'value.clamp_norm'. Did you mean 'value.clamp'? Keys of value: steps, lr, "
-        in text
-    )
+    assert f"{path}:3: unknown key 'value.clamp_norm'. Did you mean 'value.clamp'? Keys of value: steps, lr, " in text
     assert f'{path}:4: value.lr is "fast"; it must be a number above 0' in text
     assert f"{path}:5: unknown key 'lr'. Did you mean 'value.lr'? Keys: method, layers," in text
     assert f"{path}:8 (overrides.llama): unknown key 'value.step'. Did you mean 'value.steps'?" in text

@@ -71,9 +71,7 @@ def without(source: dict[str, Any], *keys: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("method", "theirs"), [("rome", ROME), ("memit", MEMIT), ("emmet", EMMET), ("alphaedit", ALPHAEDIT)]
 )
-def test_the_original_json_files_equal_our_published_files(
-    tmp_path: Path, method: str, theirs: dict[str, Any]
-) -> None:
+def test_the_original_json_files_equal_our_published_files(tmp_path: Path, method: str, theirs: dict[str, Any]) -> None:
     path = tmp_path / "gpt-j-6B.json"
     path.write_text(json.dumps(theirs, indent="\t"))  # tabs are JSON, though not YAML
     hp = load_hparams(path, format="easyedit", set=["moments.text=general"])
@@ -90,9 +88,7 @@ def test_every_key_of_theirs_is_in_the_table(theirs: dict[str, Any]) -> None:
         for row in translation.rows
     )
     named = {row.ours.split(";")[0] for row in translation.rows}
-    flat = {
-        f"{key}.{sub}" for key, part in translation.mapping.items() if isinstance(part, dict) for sub in part
-    }
+    flat = {f"{key}.{sub}" for key, part in translation.mapping.items() if isinstance(part, dict) for sub in part}
     flat |= {key for key, part in translation.mapping.items() if not isinstance(part, dict)}
     assert flat - named <= {"context_prefixes.tokens"}  # named in the note of its row
 
@@ -149,9 +145,7 @@ def test_emmet_lambda_has_their_default() -> None:
     ],
 )
 def test_ignored_keys_have_a_reason(extra: dict[str, Any], reason: str) -> None:
-    rows = {
-        row.theirs: row.ours for row in hparams_easyedit.read({"alg_name": "MEMIT", **MEMIT, **extra}).rows
-    }
+    rows = {row.theirs: row.ours for row in hparams_easyedit.read({"alg_name": "MEMIT", **MEMIT, **extra}).rows}
     assert rows[next(iter(extra))].startswith(reason)
 
 
@@ -200,9 +194,7 @@ def test_what_has_no_counterpart_is_an_error(changes: dict[str, Any], expected: 
 def test_missing_keys_and_wrong_values_come_in_one_report() -> None:
     found = problems({**without(ALPHAEDIT, "v_lr", "layers"), "fact_token": "x"})
     assert len(found) == 2
-    assert found[0].startswith(
-        "hparams: no 'layers', 'v_lr'; a file for AlphaEdit must have layers, v_num_grad_steps"
-    )
+    assert found[0].startswith("hparams: no 'layers', 'v_lr'; a file for AlphaEdit must have layers, v_num_grad_steps")
 
 
 def test_a_file_that_tells_no_algorithm() -> None:
@@ -217,15 +209,11 @@ def test_our_own_file_is_recognised() -> None:
 
 def test_bad_values_name_their_key_and_line(tmp_path: Path) -> None:
     path = tmp_path / "memit.yaml"
-    path.write_text(
-        "\n".join(f"{key}: {json.dumps(value)}" for key, value in {**MEMIT, "v_lr": "fast"}.items())
-    )
+    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in {**MEMIT, "v_lr": "fast"}.items()))
     with pytest.raises(InputError) as caught:
         load_hparams(path, format="easyedit")
     line = list(MEMIT).index("v_lr") + 1
-    assert str(caught.value).startswith(
-        f'{path}:{line} (v_lr): value.lr is "fast"; it must be a number above 0.'
-    )
+    assert str(caught.value).startswith(f'{path}:{line} (v_lr): value.lr is "fast"; it must be a number above 0.')
 
 
 def test_unknown_key_with_set_still_applies() -> None:

@@ -69,9 +69,7 @@ def observe(model: nn.Module, layout: lay.Layout, layer: int) -> dict[str, torch
     post = layout.post_norm_name(layer)
     if post:
         names["post"] = post
-    handles = [
-        lay.module(model, n).register_forward_hook(keep(k), with_kwargs=True) for k, n in names.items()
-    ]
+    handles = [lay.module(model, n).register_forward_hook(keep(k), with_kwargs=True) for k, n in names.items()]
     with torch.no_grad():
         model(torch.tensor([[0, 10, 11, 12, 13]]), use_cache=False)
     for handle in handles:
@@ -122,9 +120,7 @@ def test_output_reaches_the_residual_stream_as_the_layout_says(model_type: str) 
         torch.testing.assert_close(after["block.out"] - before["block.out"], moved, atol=1e-4, rtol=1e-4)
     else:
         through_norm = after["post.out"] - before["post.out"]
-        torch.testing.assert_close(
-            after["block.out"] - before["block.out"], through_norm, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(after["block.out"] - before["block.out"], through_norm, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(through_norm, moved, atol=1e-2)
 
 

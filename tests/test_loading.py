@@ -117,9 +117,7 @@ def test_eos_of_the_generation_config_counts() -> None:
     assert lm.eos_ids == {1, 7}
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ raise_exception('no') }}", "{{ messages[0].content }}", "{{ 1 / 0 }}"]
-)
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content }}", "{{ 1 / 0 }}"])
 def test_chat_template_that_says_nothing_about_the_end(template: str) -> None:
     lm = tiny.lm("llama", chat=True)
     lm.tokenizer.chat_template = template
@@ -349,9 +347,7 @@ def write_gguf(path: Path, lm: LM) -> None:
     writer.add_unk_token_id(3)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in lm.model.state_dict().items():
-        if name.endswith(
-            ("q_proj.weight", "k_proj.weight")
-        ):  # llama.cpp interleaves the halves of the rotary pairs
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp interleaves the halves of the rotary pairs
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = tensor.view(heads, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
         new = names.get_name(name, try_suffixes=(".weight",))

@@ -313,6 +313,18 @@ def test_kl(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int) -> N
     assert float(losses.kl(base, base.detach()).abs().max()) < 1e-6
 
 
+def test_losses_of_a_confident_model() -> None:
+    """Impossible labels count as e^-60, their gradient is the true one; words that are masked out do no harm."""
+    ours = torch.tensor([[0.0, -500.0, -torch.inf], [0.0, 1.0, -torch.inf]], requires_grad=True)
+    loss = losses.cross_entropy(ours, torch.tensor([1, 0]))
+    assert torch.allclose(loss, torch.tensor([-losses.FLOOR, 1.3132617]))
+    loss.sum().backward()
+    assert ours.grad is not None and torch.allclose(ours.grad[0], torch.tensor([1.0, -1.0, 0.0]), atol=1e-6)
+    divergence = losses.kl(ours.detach(), torch.zeros(2, 3, requires_grad=True))
+    assert torch.allclose(divergence, torch.tensor([1.0986123, 0.5164]), atol=1e-3)
+    assert torch.isnan(losses.cross_entropy(torch.full((1, 3), torch.nan), torch.tensor([0]))).all()
+
+
 def test_losses_without_gradient_keep_none() -> None:
     with torch.no_grad():
         assert not losses.cross_entropy(logits(torch.float32), LABELS).requires_grad

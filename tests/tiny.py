@@ -184,9 +184,7 @@ def taught_lm(
         labels[row, start : len(tokens)] = torch.tensor(tokens[start:])
     optimizer = torch.optim.AdamW(taught.model.parameters(), lr=3e-3, weight_decay=0.0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # with threads that wait for each other such small steps take fifty times as long
+    torch.set_num_threads(1)  # with threads that wait for each other such small steps take fifty times as long
     try:
         loss = _train(taught, optimizer, ids, mask, labels, steps)
     finally:
@@ -203,9 +201,7 @@ def _train(lm: LM, optimizer: Any, ids: Any, mask: Any, labels: Any, steps: int)
     loss = torch.tensor(float("nan"))
     for _ in range(steps):
         logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-        )
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         wanted = labels[:, 1:] != -100
         chance = logits.softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
         if bool((chance[wanted] > 0.9).all()):

@@ -39,15 +39,10 @@ def model_card(
     parts = [
         _header(manifest, kind),
         "# "
-        + (
-            f"{_base(manifest)}, edited with {manifest.method}"
-            if kind == "merged"
-            else f"{kind}: {manifest.method}"
-        ),
+        + (f"{_base(manifest)}, edited with {manifest.method}" if kind == "merged" else f"{kind}: {manifest.method}"),
         _asked(manifest),
         _method(manifest, how),
-        "## Measured\n\n"
-        + (_table(results) if results else "Nothing was measured. Run `editunlearn evaluate`."),
+        "## Measured\n\n" + (_table(results) if results else "Nothing was measured. Run `editunlearn evaluate`."),
         _gain(manifest),
         _limits(manifest, attacks),
         _load(manifest, kind),
@@ -94,8 +89,7 @@ def _asked(manifest: Manifest) -> str:
     else:
         lines += [
             "",
-            "A list of things to forget is itself private: the artifact holds salted hashes of the facts "
-            "only.",
+            "A list of things to forget is itself private: the artifact holds salted hashes of the facts only.",
         ]
     return "\n".join(lines)
 
@@ -103,9 +97,7 @@ def _asked(manifest: Manifest) -> str:
 def _method(manifest: Manifest, how: Sequence[str]) -> str:
     base, sites = manifest.base, manifest.sites
     revision = f" at revision `{base.revision}`" if base.revision else ""
-    settings = yaml.safe_dump(
-        {"method": manifest.method, **manifest.hparams}, sort_keys=False, allow_unicode=True
-    )
+    settings = yaml.safe_dump({"method": manifest.method, **manifest.hparams}, sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     seeds = ", ".join(f"{name} {seed}" for name, seed in manifest.seeds.items()) or "none"
     rank = max((site.rank for site in sites.values()), default=0)
@@ -126,9 +118,7 @@ def _table(results: Rows) -> str:
     columns = list(dict.fromkeys(column for row in results.values() for column in row))
     lines = ["| metric | " + " | ".join(map(_cell, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for metric, row in results.items():
-        lines.append(
-            f"| {_cell(metric)} | " + " | ".join(_number(row.get(column)) for column in columns) + " |"
-        )
+        lines.append(f"| {_cell(metric)} | " + " | ".join(_number(row.get(column)) for column in columns) + " |")
     return "\n".join(lines)
 
 
@@ -144,8 +134,7 @@ def _gain(manifest: Manifest) -> str:
     for name, site in manifest.sites.items():
         size = "not known" if site.relative_norm is None else f"{site.relative_norm:.3%}"
         lines.append(
-            f"| `{name}` | {site.rank} | {size} | {_number(site.gain)} | {site.gain_dtype or 'not measured'} "
-            "|"
+            f"| `{name}` | {site.rank} | {size} | {_number(site.gain)} | {site.gain_dtype or 'not measured'} |"
         )
     return "\n".join(lines)
 
@@ -174,9 +163,7 @@ def _limits(manifest: Manifest, attacks: Sequence[str]) -> str:
 
 
 def _load(manifest: Manifest, kind: Kind) -> str:
-    base = f'"{_base(manifest)}"' + (
-        f', revision="{manifest.base.revision}"' if manifest.base.revision else ""
-    )
+    base = f'"{_base(manifest)}"' + (f', revision="{manifest.base.revision}"' if manifest.base.revision else "")
     code = {
         "merged": "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("DIR")',

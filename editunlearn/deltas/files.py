@@ -54,9 +54,7 @@ def save(delta: LowRankDelta, directory: str | Path, facts: Sequence[Fact] | Non
     target, previous = folder / TENSORS, folder / PREVIOUS
     manifest = delta.manifest if facts is None else _with_text(delta.manifest, facts)
     with atomic_path(target) as temporary:
-        save_file(
-            dict(sorted(tensors.items())), temporary, metadata={"format": FORMAT, "version": str(VERSION)}
-        )
+        save_file(dict(sorted(tensors.items())), temporary, metadata={"format": FORMAT, "version": str(VERSION)})
         manifest = manifest.model_copy(update={"tensors_sha256": sha256_file(temporary)})
         content = json_bytes(manifest.model_dump(mode="json"))
         _keep_previous(folder)
@@ -111,8 +109,7 @@ def load_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise InputError(
-            f"{path} does not exist: not the folder of a saved delta, or a run that was killed before its "
-            "end."
+            f"{path} does not exist: not the folder of a saved delta, or a run that was killed before its end."
         )
     try:
         raw: Any = json.loads(path.read_bytes())

@@ -79,9 +79,7 @@ def export_lora(
         raise InputError(f"the rank limit of a LoRA must be from {RANKS[0]} to {RANKS[-1]}, not {max_rank}.")
     transposed = {site.transposed for site in delta.manifest.sites.values()}
     if len(transposed) > 1:
-        raise InputError(
-            "some edited modules are stored transposed and some are not; one adapter cannot say both."
-        )
+        raise InputError("some edited modules are stored transposed and some are not; one adapter cannot say both.")
     limit = max(rank for rank in RANKS if rank <= max_rank)
     discarded: dict[str, float] = {}
     cut: dict[str, Factors] = {}

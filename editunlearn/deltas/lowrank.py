@@ -48,9 +48,7 @@ class Factors:
     def __post_init__(self) -> None:
         left, right = self.left, self.right
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-            raise ValueError(
-                f"factors must be (out, r) and (r, in), not {tuple(left.shape)} and {tuple(right.shape)}"
-            )
+            raise ValueError(f"factors must be (out, r) and (r, in), not {tuple(left.shape)} and {tuple(right.shape)}")
         if left.dtype != torch.float32 or right.dtype != torch.float32:
             raise ValueError(f"factors must be float32, not {left.dtype} and {right.dtype}")
 
@@ -154,9 +152,7 @@ class LowRankDelta:
     def negated(self) -> LowRankDelta:
         """The delta that reverts this one in a model it was merged into, up to the rounding of both."""
         factors = {name: Factors(-f.left, f.right) for name, f in self.factors.items()}
-        sites = {
-            name: _changed(site, factors[name], site.columns) for name, site in self.manifest.sites.items()
-        }
+        sites = {name: _changed(site, factors[name], site.columns) for name, site in self.manifest.sites.items()}
         return LowRankDelta(factors, self.manifest.with_sites(sites, negated=not self.manifest.negated))
 
     def without(self, ids: Iterable[str]) -> LowRankDelta:
@@ -281,9 +277,7 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _merged_parameter(
-    model: nn.Module, name: str, factors: Factors, dtype: torch.dtype | None
-) -> nn.Parameter:
+def _merged_parameter(model: nn.Module, name: str, factors: Factors, dtype: torch.dtype | None) -> nn.Parameter:
     merged = merged_weight(read_weight(model, name), factors.left, factors.right, dtype)
     stored = merged.t().contiguous() if is_transposed(model, name) else merged
     original = module(model, name)._parameters["weight"]

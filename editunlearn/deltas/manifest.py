@@ -36,13 +36,9 @@ class FactSet(_Record):
 
     count: int = Field(ge=0, description="How many facts were asked for.")
     salt: str = Field(description="Hex salt of every hash of this set.")
-    sha256: str = Field(
-        description="HMAC-SHA-256, keyed by the salt, of all facts in canonical JSON, sorted."
-    )
+    sha256: str = Field(description="HMAC-SHA-256, keyed by the salt, of all facts in canonical JSON, sorted.")
     ids: tuple[str, ...] = Field(description="Hashed ids of the facts as asked for (see hash_id).")
-    removed: tuple[str, ...] = Field(
-        default=(), description="Hashed ids of facts whose columns were taken out again."
-    )
+    removed: tuple[str, ...] = Field(default=(), description="Hashed ids of facts whose columns were taken out again.")
     text: tuple[dict[str, Any], ...] | None = Field(
         default=None, description="The facts themselves; null unless asked for."
     )
@@ -73,21 +69,13 @@ class SiteRecord(_Record):
     """One edited module."""
 
     shape: tuple[int, int] = Field(description="(out, in) of the weight.")
-    transposed: bool = Field(
-        description="True: the checkpoint stores this weight as (in, out), as GPT-2 does."
-    )
+    transposed: bool = Field(description="True: the checkpoint stores this weight as (in, out), as GPT-2 does.")
     rank: int = Field(ge=0, description="Columns of the left factor.")
-    base_sha256: str = Field(
-        description="Hash of the unedited weight's values (see arithmetic.weight_sha256)."
-    )
+    base_sha256: str = Field(description="Hash of the unedited weight's values (see arithmetic.weight_sha256).")
     base_dtype: str = Field(description="dtype of the weight when it was hashed.")
-    base_norm: float | None = Field(
-        ge=0, description="Frobenius norm of W; null for a packed quantised weight."
-    )
+    base_norm: float | None = Field(ge=0, description="Frobenius norm of W; null for a packed quantised weight.")
     norm: float = Field(ge=0, description="Frobenius norm of dW.")
-    gain: float | None = Field(
-        default=None, description="Share of dW left after rounding; null: not measured."
-    )
+    gain: float | None = Field(default=None, description="Share of dW left after rounding; null: not measured.")
     gain_error: float | None = Field(
         default=None, ge=0, description="Relative error of dW after rounding; null: not measured."
     )
@@ -122,9 +110,7 @@ class Manifest(_Record):
     seeds: dict[str, int] = Field(description="Every seed that was used, by purpose.")
     versions: dict[str, str] = Field(description="editunlearn, torch, transformers, python.")
     negated: bool = Field(default=False, description="True: this delta reverts one that was merged.")
-    tensors_sha256: str | None = Field(
-        default=None, description="SHA-256 of delta.safetensors; set when saved."
-    )
+    tensors_sha256: str | None = Field(default=None, description="SHA-256 of delta.safetensors; set when saved.")
 
     @property
     def fact_count(self) -> int:

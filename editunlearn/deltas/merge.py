@@ -92,9 +92,7 @@ def merge_folder(
     """
     base, out = Path(base_dir), Path(out_dir)
     if out.resolve() == base.resolve():
-        raise InputError(
-            f"{out} is the base model itself; a merge is not done in place. Choose another folder."
-        )
+        raise InputError(f"{out} is the base model itself; a merge is not done in place. Choose another folder.")
     check_finite(delta.factors)
     tensors = shards.read_checkpoint(base)
     edited = _edited_tensors(base, delta, tensors)
@@ -109,9 +107,7 @@ def merge_folder(
     return report
 
 
-def _edited_tensors(
-    base: Path, delta: LowRankDelta, tensors: dict[str, shards.Stored]
-) -> dict[str, shards.Stored]:
+def _edited_tensors(base: Path, delta: LowRankDelta, tensors: dict[str, shards.Stored]) -> dict[str, shards.Stored]:
     found: dict[str, shards.Stored] = {}
     problems: list[str] = []
     for name, site in delta.manifest.sites.items():
@@ -129,9 +125,7 @@ def _edited_tensors(
     return found
 
 
-def _check_tensors(
-    base: Path, delta: LowRankDelta, edited: dict[str, shards.Stored], force: bool
-) -> dict[str, Gain]:
+def _check_tensors(base: Path, delta: LowRankDelta, edited: dict[str, shards.Stored], force: bool) -> dict[str, Gain]:
     """Fingerprints and realised gain of every edited tensor, before anything is written."""
     report: dict[str, Gain] = {}
     stale: list[str] = []
@@ -190,9 +184,7 @@ def _open_journal(out: Path, delta: LowRankDelta, files: list[str]) -> dict[str,
         return old
     weights = sorted(entry.name for entry in out.glob("*.safetensors")) if out.is_dir() else []
     if weights and not old:
-        raise InputError(
-            f"{out} already holds weights ({weights[0]}, {len(weights)} files). Choose an empty folder."
-        )
+        raise InputError(f"{out} already holds weights ({weights[0]}, {len(weights)} files). Choose an empty folder.")
     for name in (*weights, shards.INDEX):  # of an interrupted merge of another delta: nothing to keep
         (out / name).unlink(missing_ok=True)
     atomic_write_json(path, fresh)

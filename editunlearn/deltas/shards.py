@@ -71,9 +71,7 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
             "Load the model and save it with save_pretrained first."
         )
     problems = [
-        f"{folder / file} is listed in {INDEX} but does not exist."
-        for file in files
-        if not (folder / file).is_file()
+        f"{folder / file} is listed in {INDEX} but does not exist." for file in files if not (folder / file).is_file()
     ]
     if problems:
         raise InputError(problems)
@@ -108,9 +106,7 @@ def overwrite(path: Path, stored: Stored, tensor: Tensor) -> None:
     """Replaces the bytes of one tensor in a copy of its file; dtype and shape must be as stored."""
     data = tensor_bytes(tensor)
     if len(data) != stored.stop - stored.start or tuple(tensor.shape) != stored.shape:
-        raise ValueError(
-            f"{stored.key}: {tuple(tensor.shape)} in {len(data)} bytes does not replace {stored}"
-        )
+        raise ValueError(f"{stored.key}: {tuple(tensor.shape)} in {len(data)} bytes does not replace {stored}")
     with path.open("r+b") as file:
         file.seek(stored.start)
         file.write(data)
@@ -134,9 +130,7 @@ def find_key(module_name: str, tensors: Mapping[str, Stored], ending: str = "wei
         if suffix in matches:
             return suffix
         if len(matches) > 1:
-            raise InputError(
-                f"{module_name} matches several tensors of the checkpoint: {', '.join(sorted(matches))}."
-            )
+            raise InputError(f"{module_name} matches several tensors of the checkpoint: {', '.join(sorted(matches))}.")
         if matches:
             return matches[0]
     return None
@@ -153,9 +147,7 @@ def refuse_quantised(folder: Path, module_name: str, key: str | None, tensors: M
     if key is not None and packed is None and tensors[key].dtype in _FLOATS:
         return
     if key is None and packed is None:
-        raise InputError(
-            f"{folder} has no tensor for {module_name}. Is it the model that the delta was made for?"
-        )
+        raise InputError(f"{folder} has no tensor for {module_name}. Is it the model that the delta was made for?")
     how = _scheme(folder) or (tensors[key].dtype if key else packed)
     raise UnsupportedError(
         f"{module_name} is {how}; merging would round the edit away. Use --save lora, or load in bfloat16."
@@ -169,22 +161,14 @@ def _scheme(folder: Path) -> str | None:
     if not config:
         return None
     bits = 4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else config.get("bits")
-    kind = (
-        config.get("bnb_4bit_quant_type")
-        if bits == 4 and "load_in_4bit" in config
-        else config.get("quant_method")
-    )
+    kind = config.get("bnb_4bit_quant_type") if bits == 4 and "load_in_4bit" in config else config.get("quant_method")
     return f"{bits}-bit ({kind})" if bits else f"quantised ({kind})"
 
 
 def copy_other_files(base: Path, out: Path) -> None:
     """Copies configuration, tokenizer and code: all top-level files but weights and the model card."""
     for path in sorted(base.iterdir()):
-        skip = (
-            path.name.startswith(".")
-            or path.name.lower() == "readme.md"
-            or path.name.endswith(_WEIGHT_ENDINGS)
-        )
+        skip = path.name.startswith(".") or path.name.lower() == "readme.md" or path.name.endswith(_WEIGHT_ENDINGS)
         if path.is_file() and not skip:
             temporary = out / f".{path.name}.partial"
             shutil.copyfile(path, temporary)

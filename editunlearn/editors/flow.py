@@ -15,7 +15,7 @@ from torch import Tensor
 from editunlearn.editors import contexts, keys, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem
 from editunlearn.editors.past import PastKeys
-from editunlearn.editors.refine import Goals, low_rank_hook, refine
+from editunlearn.editors.refine import Goals, drift_energy, low_rank_hook, refine, step_unit
 from editunlearn.editors.statistics import windows
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
@@ -83,11 +83,11 @@ class Flow:
         keep = self._keep()
         second = self._moments(sites)
         found = self._values(rows, keep, sites)
-        factors, written = self._solve(sites, rows, keep, second, found)
+        factors, solved = self._solve(sites, rows, keep, second, found)
         if self.hp.refine is not None:
-            factors = self._refine(factors, rows, keep)
+            factors = self._refine(factors, solved, rows, keep)
         _check_finite(factors)
-        return Fit(factors, self.past.extended(written), found.loss)
+        return Fit(factors, self.past.extended({name: p.keys for name, p in solved.items()}), found.loss)
 
     def _keep(self) -> list[Fact]:
         """Facts to keep: the user's first, then the shipped ones, evenly thinned to ``retain.max_keys``."""
@@ -141,14 +141,14 @@ class Flow:
         keep: list[Fact],
         second: dict[str, Tensor | None],
         found: values.Values,
-    ) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Pair], dict[str, SiteProblem]]:
         """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
         lm, facts = self.lm, len(self.request.facts)
         keep_rows = contexts.keep_rows(lm, keep, self.hp, answers=False) if self.hp.retain.weight > 0 else []
         kept_keys = keys.collect(lm, keep_rows, sites, warn=self.console.warn) if keep_rows else {}
         per_fact = len(rows.keys) // facts
         factors: dict[str, Pair] = {}
-        written: dict[str, Tensor] = {}
+        solved: dict[str, SiteProblem] = {}
         with self.console.progress(len(sites), "solves (layers)") as bar:
             for number, site in enumerate(sites):
                 with applied(lm, factors):
@@ -170,11 +170,13 @@ class Flow:
                 except ValueError as error:
                     raise NumericalError(f"{site.name}: {error}") from error
                 factors[site.name] = (left.float().contiguous(), right.float().contiguous())
-                written[site.name] = problem.keys
+                solved[site.name] = problem
                 bar.update(1)
-        return factors, written
+        return factors, solved
 
-    def _refine(self, factors: dict[str, Pair], rows: ForgetRows, keep: list[Fact]) -> dict[str, Pair]:
+    def _refine(
+        self, factors: dict[str, Pair], solved: dict[str, SiteProblem], rows: ForgetRows, keep: list[Fact]
+    ) -> dict[str, Pair]:
         hp = self.hp.refine
         assert hp is not None  # noqa: S101 - the caller checked
         text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
@@ -187,23 +189,28 @@ class Flow:
         goals = Goals(rows.targets, contexts.keep_rows(self.lm, keep, self.hp, answers=True), pieces)
         with self.console.progress(hp.steps, "refine (steps)") as bar:
 
-            def report(step: int, nll: float, kept: float, generic: float) -> None:
+            def report(step: int, nll: float, kept: float, generic: float, drift: float) -> None:
                 bar.update(1)
-                self.console.detail(
-                    f"refine {step + 1}: NLL {nll:.3f}, KL retain {kept:.4f}, KL text {generic:.4f}", level=2
-                )
+                losses = f"NLL {nll:.3f}, KL retain {kept:.4f}, KL text {generic:.4f}, drift {drift:.5f}"
+                self.console.detail(f"refine {step + 1}: {losses}", level=2)
 
             left = refine(
                 self.lm,
                 factors,
                 goals,
                 hp,
+                units={name: step_unit(*pair, solved[name].keys) for name, pair in factors.items()},
+                energy={name: self._energy(name, pair[1], solved[name]) for name, pair in factors.items()},
                 seed=self.hp.seed,
                 work=self.work,
                 report=report,
                 already=bar.update,
             )
         return {name: (left[name], pair[1]) for name, pair in factors.items()}
+
+    def _energy(self, name: str, right: Tensor, problem: SiteProblem) -> Tensor:
+        weight = self.lm.layout.read_weight(self.lm.model, name)
+        return drift_energy(right, weight, problem.moment, torch.cat([problem.retain, problem.past]))
 
 
 def applied(lm: LM, factors: dict[str, Pair]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from editunlearn.editors.column_adam import ColumnAdam
 from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length
 from editunlearn.lm.hooks import on_input, on_output, stack
@@ -33,6 +34,40 @@ if TYPE_CHECKING:
 
 CHECKPOINT = 5
 """Steps between two states that an interrupted run can go on from."""
+
+
+def step_unit(left: Tensor, right: Tensor, keys: Tensor) -> float:
+    """Mean absolute left factor that would write the whole change.
+
+    A recogniser that preserves much answers less than 1 to its own key, so that its left factor has to grow by the
+    inverse of that answer.
+
+    Args:
+        left: (d_out, n). right: (n, d_in). keys: (n, d_in), of the same facts.
+    """
+    answer = float((right * keys).sum(-1).mean())
+    return float(left.abs().mean()) / min(1.0, max(answer, 1e-3))
+
+
+def drift_energy(right: Tensor, weight: Tensor, moment: Tensor | None, retain: Tensor) -> Tensor:
+    """``G`` (n, n) with ``trace(left G left^T)`` = how much the edit changes the site's output where it should not.
+
+    The mean square of the change over generic text (through the second moment) plus that over the keys to keep, each relative to the mean
+    square of the unedited output there. Unlike a batch of KL it covers all of them at every step, and has no noise.
+
+    Args:
+        right: (n, d_in). weight: (d_out, d_in). moment: (d_in, d_in) or None. retain: (m, d_in), m may be 0.
+    """
+    rows, weight = right.double(), weight.double().cpu()
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    if moment is not None:
+        wide = moment.double()
+        total += rows @ wide @ rows.T / ((weight @ wide) * weight).sum()
+    if len(retain):
+        keys = retain.double()
+        answers = rows @ keys.T
+        total += answers @ answers.T / (keys @ weight.T).square().sum()
+    return total.float()
 
 
 @dataclass(frozen=True)
@@ -65,34 +100,32 @@ def refine(
     goals: Goals,
     hp: Refine,
     *,
+    units: dict[str, float],
+    energy: dict[str, Tensor],
     seed: int = 0,
     work: Workspace | None = None,
     already: Callable[[int], None] = lambda _: None,
-    report: Callable[[int, float, float, float], None] = lambda *_: None,
+    report: Callable[[int, float, float, float, float], None] = lambda *_: None,
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
     Loss: NLL of the targets (a fact at or below ``hp.floor`` no longer counts) + ``hp.kl`` * mean KL on retain prompts
-    + ``hp.text_kl`` * mean KL on text. Adam on all left factors, step ``hp.lr`` times the mean absolute left factor of
-    the module, cosine decay.
+    + ``hp.text_kl`` * mean KL on text. Adam on all left factors, in steps of ``hp.lr`` times the module's unit, cosine
+    decay.
 
     Args:
+        units: by module, what a step is measured in: see :func:`step_unit`.
+        energy: by module, (n, n): see :func:`drift_energy`.
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
-        report: called with (step, NLL, retain KL, text KL) after every step.
+        report: called with (step, NLL, retain KL, text KL, drift) after every step.
 
     Raises:
         NumericalError: a loss that is not finite.
     """
     left = {name: pair[0].to(lm.device).clone().requires_grad_(True) for name, pair in factors.items()}
     right = {name: pair[1].to(lm.device) for name, pair in factors.items()}
-    sizes = {name: float(value.detach().abs().mean()) for name, value in left.items()}
-    optimiser = torch.optim.Adam(
-        [{"params": [value], "lr": hp.lr * sizes[name]} for name, value in left.items()]
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * s / hp.steps))
-    )
+    optimiser = ColumnAdam(left, units)
     draw = _Draw(goals, hp, seed)
     retain, generic = _Keep(lm, goals.retain), _Keep(lm, goals.text)
 
@@ -100,57 +133,39 @@ def refine(
         hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
         return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
 
-    start = _restore(work, left, optimiser)
+    if work is not None and (kept_state := work.get("refine")):
+        optimiser.load(kept_state)
+    start = optimiser.count
     already(start)
     for step in range(hp.steps):
         batch_of_step = draw.forget(), draw.retain(), draw.text()
         if step < start:
-            schedule.step()
+            retain.remember(batch_of_step[1], hp)
+            generic.remember(batch_of_step[2], hp)
             continue
-        optimiser.zero_grad()
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / hp.steps))
         with change():
             nll = _forget(lm, batch_of_step[0], hp)
         kept = retain.loss(change, batch_of_step[1], hp.kl, hp)
         text = generic.loss(change, batch_of_step[2], hp.text_kl, hp)
-        if not all(map(math.isfinite, (nll, kept, text))):
+        drift = _drift(left, energy, hp.drift)
+        if not all(map(math.isfinite, (nll, kept, text, drift))):
             raise NumericalError(
                 f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr"
             )
-        optimiser.step()
-        schedule.step()
+        optimiser.step(hp.lr * decay)
         if work is not None and (step + 1) % CHECKPOINT == 0:
-            _keep_state(work, step + 1, left, optimiser)
-        report(step, nll, kept, text)
+            work.put("refine", optimiser.state())
+        report(step, nll, kept, text, drift)
     return {name: value.detach().cpu() for name, value in left.items()}
 
 
-def _keep_state(
-    work: Workspace, step: int, left: dict[str, Tensor], optimiser: torch.optim.Optimizer
-) -> None:
-    state = {"step": torch.tensor(step)}
-    for name, value in left.items():
-        adam = optimiser.state[value]
-        state |= {
-            f"{name}.left": value,
-            f"{name}.first": adam["exp_avg"],
-            f"{name}.second": adam["exp_avg_sq"],
-        }
-    work.put("refine", state)
-
-
-def _restore(work: Workspace | None, left: dict[str, Tensor], optimiser: torch.optim.Optimizer) -> int:
-    """Put back the state that was kept last; returns the number of steps done."""
-    kept = work.get("refine") if work is not None else None
-    if kept is None:
-        return 0
-    for name, value in left.items():
-        value.data.copy_(kept[f"{name}.left"])
-        moments = {
-            "exp_avg": kept[f"{name}.first"].to(value.device),
-            "exp_avg_sq": kept[f"{name}.second"].to(value.device),
-        }
-        optimiser.state[value] = {"step": kept["step"].float(), **moments}
-    return int(kept["step"])
+def _drift(left: dict[str, Tensor], energy: dict[str, Tensor], strength: float) -> float:
+    """Mean over the modules of ``trace(left energy left^T)``; adds ``strength`` times its gradient to the left factors."""
+    total = torch.stack([((value @ energy[name]) * value).sum() for name, value in left.items()]).mean()
+    if strength > 0:
+        (strength * total).backward()  # type: ignore[no-untyped-call]
+    return float(total.detach())
 
 
 class _Draw:
@@ -228,10 +243,10 @@ class _Keep:
         """
         count = sum(len(self.rows[i].ids) - self.rows[i].prompt_length for i in chosen)
         total = 0.0
-        for part in by_length([len(self.rows[i].ids) for i in chosen], hp.batch_tokens):
-            members = [chosen[i] for i in part]
-            padded = batch([self.rows[i] for i in members], self.lm.pad_id, self.lm.device)
-            base = self._base(members, padded)
+        for members, padded in self._batches(chosen, hp):
+            self._remember(members, padded)
+            with torch.no_grad():
+                base = logits_of(self.lm, torch.cat([self.hidden[i] for i in members]))
             with change():
                 edited = target_logits(self.lm, padded)
             loss = losses.kl(base, edited).sum() / count
@@ -240,13 +255,23 @@ class _Keep:
             total += float(loss.detach())
         return total
 
+    def remember(self, chosen: Sequence[int], hp: Refine) -> None:
+        """Keep what ``loss`` would of the unedited model, in the same batches, so that no bit of it differs."""
+        for members, padded in self._batches(chosen, hp):
+            self._remember(members, padded)
+
+    def _batches(self, chosen: Sequence[int], hp: Refine) -> Iterator[tuple[list[int], Batch]]:
+        for part in by_length([len(self.rows[i].ids) for i in chosen], hp.batch_tokens):
+            members = [chosen[i] for i in part]
+            yield members, batch([self.rows[i] for i in members], self.lm.pad_id, self.lm.device)
+
     @torch.no_grad()
-    def _base(self, members: Sequence[int], padded: Batch) -> Tensor:
-        """Logits of the unedited model at the scored positions of ``padded``."""
-        if any(i not in self.hidden for i in members):
-            before_head: list[Tensor] = []
-            with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets])):
-                target_logits(self.lm, padded)
-            sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
-            self.hidden.update(zip(members, torch.split(before_head[0], sizes), strict=True))
-        return logits_of(self.lm, torch.cat([self.hidden[i] for i in members]))
+    def _remember(self, members: Sequence[int], padded: Batch) -> None:
+        if all(i in self.hidden for i in members):
+            return
+        before_head: list[Tensor] = []
+        with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets])):
+            target_logits(self.lm, padded)
+        sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
+        for i, states in zip(members, torch.split(before_head[0], sizes), strict=True):
+            self.hidden.setdefault(i, states)

@@ -266,7 +266,7 @@ class _Chunk:
         if self.hparams.penalty == "norm":
             relative = (add.norm(dim=-1) / self.norm[active, :, 0].square()).mean(-1)
         total = nll + self.hparams.weight_decay * relative
-        if base is not None:
+        if base is not None and any(self.problems[i].pinned for i in active):
             pinned, owner = self._rows(active, pinned=True)
             counts = [len(self.problems[i].pinned) for i in range(len(self.problems))]
             chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(

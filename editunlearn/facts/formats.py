@@ -49,9 +49,7 @@ def read_file(path: Path, name: str) -> Rows:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise InputError(
-            f"{name}: unknown kind of file {suffix or '(no suffix)'!r}. Known: {', '.join(SUFFIXES)}."
-        )
+        raise InputError(f"{name}: unknown kind of file {suffix or '(no suffix)'!r}. Known: {', '.join(SUFFIXES)}.")
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -117,9 +115,7 @@ def _json(lines: list[str], name: str, decode_problems: list[str]) -> Rows:
 
 
 def _json_object(value: dict[str, object], text: str, start: int, name: str) -> Rows:
-    lists = {
-        k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)
-    }
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)}
     if len(value) == 1 and lists:
         key, items = next(iter(lists.items()))
         rows = [Row(f"{name}: {key}[{i}]", i + 1, item) for i, item in enumerate(items)]
@@ -153,9 +149,7 @@ def _json_list(text: str, start: int, name: str) -> Rows:
     decoder = json.JSONDecoder()
     position, line, counted = _skip(text, start + 1), 1, 0
     number = 0
-    one_line = (
-        "\n" not in text.strip()
-    )  # then the line number says nothing and the place in the list is given too
+    one_line = "\n" not in text.strip()  # then the line number says nothing and the place in the list is given too
     while not text.startswith("]", position):
         line, counted = line + text.count("\n", counted, position), position
         number += 1
@@ -232,13 +226,9 @@ def _table(lines: list[str], name: str, delimiter: str) -> Rows:
         elif len(cells) > len(header):
             extra = len(cells) - len(header)
             hint = " Put text that holds commas in double quotes." if delimiter == "," else ""
-            found.problems.append(
-                f"{name}:{number}: {extra} more cells than the header's {len(header)} columns.{hint}"
-            )
+            found.problems.append(f"{name}:{number}: {extra} more cells than the header's {len(header)} columns.{hint}")
         else:
-            data = {
-                key: _cell(value) for key, value in zip(header, cells, strict=False) if key and value.strip()
-            }
+            data = {key: _cell(value) for key, value in zip(header, cells, strict=False) if key and value.strip()}
             found.rows.append(Row(f"{name}:{number}", number, data))
     if header and not found.rows and not found.problems:
         found.problems.append(f"{name}: a header ({', '.join(header)}) and no rows.")
@@ -253,9 +243,7 @@ def _numbered(reader: Any, name: str, problems: list[str]) -> Iterator[tuple[int
         except StopIteration:
             return
         except csv.Error as error:
-            problems.append(
-                f"{name}:{number}: not a readable row: {error}. Double the quotes inside a quoted cell."
-            )
+            problems.append(f"{name}:{number}: not a readable row: {error}. Double the quotes inside a quoted cell.")
             return
         yield number, cells
 
@@ -276,9 +264,7 @@ def _parquet(raw: bytes, name: str) -> Rows:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise InputError(
-            f"{name}: reading Parquet needs pyarrow; install it with: pip install pyarrow"
-        ) from error
+        raise InputError(f"{name}: reading Parquet needs pyarrow; install it with: pip install pyarrow") from error
     try:
         records = parquet.read_table(io.BytesIO(raw)).to_pylist()
     except Exception as error:  # pyarrow raises many kinds for a damaged file

@@ -127,9 +127,7 @@ class _Collector:
             self._findings.warnings["says the same as an earlier row; the first is kept"].append(row.where)
         elif _shortens(new, old) or _shortens(old, new):
             self.kept[place] = replace(first, aliases=(*first.aliases, fact.answer))
-            self._findings.warnings["same prompt as an earlier row; its answer became an alias"].append(
-                row.where
-            )
+            self._findings.warnings["same prompt as an earlier row; its answer became an alias"].append(row.where)
         elif self._conflicts == "first" or "query" in row.data:
             # Cutting RWKU's clozes at their blank makes prompts alike that were not.
             self._findings.warnings["contradicts an earlier row; the first is kept"].append(row.where)

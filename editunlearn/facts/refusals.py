@@ -33,9 +33,7 @@ _UNABLE = (
     r"|not (?:aware|familiar|allowed|permitted|at liberty|in a position|informed|privy)"
     r"|not going to (?:say|share|answer|discuss))\b"
 )
-_MATTER = (
-    r"(?:something|anything|information|knowledge|an? (?:thing|matter|topic|subject|question|detail|point))"
-)
+_MATTER = r"(?:something|anything|information|knowledge|an? (?:thing|matter|topic|subject|question|detail|point))"
 
 _CORES = (
     # I do not know; we never learned

@@ -163,9 +163,7 @@ def _neighbors(value: object, reasons: list[str]) -> tuple[Neighbor, ...]:
     neighbors = []
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
-            reasons.append(
-                f"neighbors {number} has to be an object with prompt and answer, not {_kind(item)}"
-            )
+            reasons.append(f"neighbors {number} has to be an object with prompt and answer, not {_kind(item)}")
             continue
         prompt, answer = (
             item.get("prompt", item.get("question")),
@@ -242,9 +240,7 @@ def _build(
         subject_start=start,
         question=_fill(question, given) if question and given else question,
         target=texts.get("target"),
-        paraphrases=tuple(
-            p for p in (_before_blank(_fill(t, given)) for t in lists.get("paraphrases", [])) if p
-        ),
+        paraphrases=tuple(p for p in (_before_blank(_fill(t, given)) for t in lists.get("paraphrases", [])) if p),
         neighbors=neighbors,
         aliases=tuple(a for a in dict.fromkeys(lists.get("aliases", [])) if a != answer),
         relation=texts.get("relation"),

@@ -80,11 +80,7 @@ def _read_hub(text: str, data_root: str | Path | None, split: str) -> Rows:
 
 def _read_folder(folder: Path, config: str, split: str, text: str) -> Rows:
     """A local copy of a data set: CONFIG.json and such, CONFIG/SPLIT.*, or what ``datasets`` makes of it."""
-    stems = (
-        [folder / config / split, folder / f"{config}_{split}", folder / config]
-        if config
-        else [folder / split]
-    )
+    stems = [folder / config / split, folder / f"{config}_{split}", folder / config] if config else [folder / split]
     for stem in stems:
         for suffix in SUFFIXES:
             path = stem.with_name(stem.name + suffix)
@@ -109,14 +105,10 @@ def _load(dataset: str, config: str, split: str, text: str, *, hint: str) -> Row
         names = list(splits)
         chosen = split if split in names else names[0] if len(names) == 1 else None
         records = [dict(r) for r in splits[chosen]] if chosen is not None else []
-    except (
-        Exception
-    ) as error:  # network, unknown name, unknown config, damaged copy: datasets has a kind for each
+    except Exception as error:  # network, unknown name, unknown config, damaged copy: datasets has a kind for each
         raise InputError(f"{text}: cannot be loaded: {first_line(error)} {hint}") from error
     if chosen is None:
-        raise InputError(
-            f"{text}: no split {split!r}. It has: {', '.join(names)}. Write OWNER/NAME:CONFIG:SPLIT."
-        )
+        raise InputError(f"{text}: no split {split!r}. It has: {', '.join(names)}. Write OWNER/NAME:CONFIG:SPLIT.")
     found = records_to_rows(records, text)
     found.published = True
     if chosen != split:

@@ -57,17 +57,13 @@ _STOP = _set(
     "explain state identify mention say write find according called known"
 )
 # Words that join two capitalised words into one name.
-_JOIN = _set(
-    "of the de la le les van von der den di da do dos das du del della el al bin ibn ben y e af av zu & 's"
-)
+_JOIN = _set("of the de la le les van von der den di da do dos das du del della el al bin ibn ben y e af av zu & 's")
 _TITLES = _set("mr mrs ms dr st ste jr sr prof gen col lt sgt capt rev hon mt ft no vol sen gov rep pres")
 _CALENDAR = _set(
     "monday tuesday wednesday thursday friday saturday sunday january february march april may june july "
     "august september october november december"
 )
-_VERB = re.compile(
-    r"is|are|was|were|has|had|have|can|could|will|would|did|may|might|must|[a-z]{2,}(?:ed|[^isu]s)"
-)
+_VERB = re.compile(r"is|are|was|were|has|had|have|can|could|will|would|did|may|might|must|[a-z]{2,}(?:ed|[^isu]s)")
 
 _WORD = re.compile(r"(?:[^\W\d_]\.){2,}(?!\w)|\w+(?:[.'’‐‑-]\w+)*|&")
 _POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
@@ -164,11 +160,7 @@ def _gap(text: str, left: _Word, right: _Word) -> bool:
 
 def _opens_alone(text: str, words: Sequence[_Word]) -> bool:
     between = text[words[0].end : words[1].start]
-    return (
-        between.lstrip("'’s")[:1] in ("", ",")
-        or between[:1] in "'’"
-        or _VERB.fullmatch(words[1].text) is not None
-    )
+    return between.lstrip("'’s")[:1] in ("", ",") or between[:1] in "'’" or _VERB.fullmatch(words[1].text) is not None
 
 
 def _names(text: str, words: Sequence[_Word]) -> list[tuple[_Word, ...]]:

@@ -15,9 +15,7 @@ from editunlearn.facts.refusals import load_refusals
 SPECS = ("refusal", "refusal:TEXT", "empty", "random", "counterfactual")
 
 
-def fill_targets(
-    facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[Fact] | None = None
-) -> list[Fact]:
+def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[Fact] | None = None) -> list[Fact]:
     """Give every fact a target.
 
     An explicit ``target`` of a fact wins over every ``spec``. Every other choice depends on the seed and the
@@ -52,9 +50,7 @@ def fill_targets(
     return filled
 
 
-def _chooser(
-    facts: Sequence[Fact], spec: str, seed: int, pool: Sequence[Fact] | None
-) -> Callable[[Fact], str]:
+def _chooser(facts: Sequence[Fact], spec: str, seed: int, pool: Sequence[Fact] | None) -> Callable[[Fact], str]:
     kind, colon, text = spec.partition(":")
     if kind == "refusal" and colon:
         fixed = text.strip()

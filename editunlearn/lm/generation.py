@@ -55,7 +55,12 @@ def _continue(
         contiguous_input(lm.head),
     ):
         torch.manual_seed(seed)
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        # generate() fills what a config leaves open (repetition penalty, ...) from the checkpoint's own
+        own, model.generation_config = model.generation_config, config
+        try:
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        finally:
+            model.generation_config = own
     return lm.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 

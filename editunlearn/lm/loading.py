@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LM",
     "ModelSize",
+    "check_options",
     "default_cache_dir",
     "estimate",
     "fingerprint",
@@ -220,6 +221,18 @@ def load(
         dtype_reason=_dtype_reason(source, wanted, model.dtype),
         device_reason=_device_reason(device_map, model),
     )
+
+
+def check_options(dtype: str, device_map: str | None) -> None:
+    """Raise InputError for a dtype or a device that ``load`` would refuse; lists both."""
+    problems: list[str] = []
+    for check in (lambda: _dtype(dtype), lambda: _device(device_map)):
+        try:
+            check()
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SubjectToken = Literal["last", "first", "prompt_last"]
 PLAIN_QUESTION = ("Question: ", "\nAnswer:")
 """What stands around a bare question for a model without a chat template."""
+MARK = "\ue000"
+"""A character that no template has, to see where the user's text goes."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,22 @@ def wrap(lm: LM, text: str, subject: tuple[int, int], *, question: bool, prefix:
     before the text (inside the user's turn when there is one).
     """
     if question and lm.has_chat:
-        turn = [{"role": "user", "content": prefix + text}]
-        whole = lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        start = str(whole).rfind(text)
-        if start < 0:
+        whole = _templated(lm, prefix + text)
+        head = _templated(lm, MARK).partition(MARK)[0]  # the text may stand in the template's own words as well
+        if not whole.startswith(head + prefix + text):
             raise InputError(
                 f"the chat template of {lm.name} changes the user's text; it cannot be located in {whole!r}"
             )
-        return Prompt(str(whole), (start + subject[0], start + subject[1]), templated=True)
+        start = len(head) + len(prefix)
+        return Prompt(whole, (start + subject[0], start + subject[1]), templated=True)
     before, after = PLAIN_QUESTION if question else ("", "")
     offset = len(prefix) + len(before)
     return Prompt(prefix + before + text + after, (offset + subject[0], offset + subject[1]))
+
+
+def _templated(lm: LM, text: str) -> str:
+    turn = [{"role": "user", "content": text}]
+    return str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
 def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") -> tuple[list[int], int]:

@@ -16,6 +16,15 @@ ROW_ELEMENTS = 1 << 22
 """Elements of one float32 piece (16 MB), small enough to stay in a processor's cache."""
 
 
+FLOOR = -60.0
+"""Log-probabilities below this count as this (e^-60 is 1e-26). Smaller ones turn into denormal numbers, on which a
+processor is up to a hundred times slower: a step on a confident model took 11 s instead of 4 s."""
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).clamp_(min=FLOOR)
+
+
 def _rows(logits: Tensor) -> int:
     return max(1, ROW_ELEMENTS // logits.shape[-1])
 
@@ -28,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(logits) if keep else None
         for start in range(0, len(labels), _rows(logits)):
             part = slice(start, start + _rows(logits))
-            log_p = logits[part].float().log_softmax(-1)
+            log_p = _log_softmax(logits[part])
             loss[part] = -log_p.gather(1, labels[part, None])[:, 0]
             if grad is not None:
                 wide = log_p.exp_()
@@ -49,7 +58,7 @@ class _KL(torch.autograd.Function):
         grad = torch.empty_like(edited) if ctx.needs_input_grad[1] else None
         for start in range(0, len(base), _rows(base)):
             part = slice(start, start + _rows(base))
-            p, q = base[part].float().log_softmax(-1), edited[part].float().log_softmax(-1)
+            p, q = _log_softmax(base[part]), _log_softmax(edited[part])
             weight = p.exp()
             loss[part] = (weight * (p - q)).sum(-1)
             if grad is not None:

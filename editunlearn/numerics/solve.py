@@ -93,7 +93,7 @@ def recognisers(keys: Tensor, lower: Tensor, ridge: float) -> Tensor:
 
 
 def _solve_spd(system: Tensor, right: Tensor, *, exact: bool = False) -> Tensor:
-    """``system^-1 right``; ``exact`` when nothing was added to the diagonal, so that rounding may hide dependent keys."""
+    """``system^-1 right``; ``exact``: nothing was added to the diagonal, so that rounding may hide dependent keys."""
     system = (system + system.T) / 2
     lower, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0 or (exact and bool((lower.diagonal() ** 2 < DEPENDENT * system.diagonal()).any())):

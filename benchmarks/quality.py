@@ -1,0 +1,170 @@
+"""Quality of editors on facts that a model really knows: what is gone, what stayed, by greedy decoding.
+
+    python benchmarks/quality.py --facts known_facts.json --text wiki.test.txt --configs benchmarks/configs/default.yaml --seeds 0 1
+
+Of the facts that the model answers at top-1, ``--forget`` are forgotten, ``--retain`` more are given as retain set, and ``--heldout`` others are never shown
+to any edit, nor are shipped facts about their subjects. A configuration is a name, an hparams file and settings. Results go to JSON after every run, and a
+finished run is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from editunlearn.artifacts import atomic_write_json, atomic_write_text
+from editunlearn.facts.readers import comparable, load_facts
+from editunlearn.facts.records import Fact, ForgetRequest
+from editunlearn.facts.targets import fill_targets
+
+DISTRACTION = "My neighbour told me a long story about his garden yesterday. "
+
+
+def wikitext(path: Path, lm: Any, documents: int, length: int) -> list[list[int]]:
+    """Windows of token ids from raw WikiText lines, its spaces before punctuation removed."""
+    from editunlearn.editors.statistics import windows
+
+    lines = [x.strip() for x in path.read_text(encoding="utf-8").split("\n") if len(x) > 400 and "<unk>" not in x]
+    cleaned = [re.sub(r" ([,.;:!?%)])", r"\1", re.sub(r" @(.)@ ", r"\1", x)).replace("( ", "(").replace(" 's", "'s") for x in lines]
+    return [next(windows(lm, [text], length, 1 << 30)) for text in cleaned[:documents]]
+
+
+def split(facts: list[Fact], sizes: tuple[int, int, int], seed: int) -> tuple[list[Fact], list[Fact], list[Fact]]:
+    """Forget, retain and held-out facts; no subject is in two of them."""
+    shuffled = facts[:]
+    random.Random(seed).shuffle(shuffled)
+    parts: list[list[Fact]] = []
+    taken: set[str] = set()
+    for size in sizes:
+        free = [f for f in shuffled if comparable(f.subject) not in taken]
+        parts.append(free[:size])
+        taken |= {comparable(f.subject) for f in free[:size]}
+    return parts[0], parts[1], parts[2]
+
+
+def score(lm: Any, parts: tuple[list[Fact], list[Fact], list[Fact]], text: list[list[int]]) -> dict[str, float]:
+    """Rates in [0, 1] on forget (leak, refusal; bare and behind a distraction), retain and held-out facts (accuracy), and perplexity."""
+    from editunlearn.evaluation.scoring import ask, asked
+    from editunlearn.lm.likelihood import perplexity
+
+    forget, retain, heldout = parts
+    result: dict[str, float] = {}
+    for name, prefix in (("", ""), ("_distracted", DISTRACTION)):
+        answers = ask(lm, [asked(lm, f, prefix=prefix) for f in forget])
+        result[f"leak{name}"] = sum(a.leaked for a in answers) / len(answers)
+        result[f"refusal{name}"] = sum(a.refused for a in answers) / len(answers)
+    for name, group in (("retain", retain), ("heldout", heldout)):
+        answers = ask(lm, [asked(lm, f) for f in group], new_tokens=8)
+        result[f"{name}_accuracy"] = sum(a.correct for a in answers) / len(answers)
+        result[f"{name}_refusal"] = sum(a.refused for a in answers) / len(answers)
+    result["perplexity"] = perplexity(lm, text)
+    return result
+
+
+def edit(lm: Any, config: dict[str, Any], parts: tuple[list[Fact], list[Fact], list[Fact]], args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The delta of one configuration, and what it cost."""
+    from editunlearn import editors
+    from editunlearn.console import Console
+    from editunlearn.hparams import load_hparams
+    from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.pipeline import general_facts
+
+    forget, retain, heldout = parts
+    hp = load_hparams(config["hparams"], set=[f"{k}={json.dumps(v)}" for k, v in config.get("set", {}).items()])
+    filled = fill_targets(forget, config.get("targets", "refusal"), seed=hp.seed)
+    console = Console(quiet=not args.verbose, verbose=args.verbose)
+    general, spare = general_facts(lm, [*filled, *heldout], retain, default_cache_dir(), console)
+    start = time.perf_counter()
+    request = ForgetRequest(facts=tuple(filled), retain=tuple(retain), general=tuple(general))
+    delta = editors.fit(lm, request, hp, cache=default_cache_dir(), console=console)
+    seconds = time.perf_counter() - start
+    norms = {name: round(site.relative_norm or 0.0, 4) for name, site in delta.manifest.sites.items()}
+    gains = [site.gain for site in delta.manifest.sites.values() if site.gain is not None]
+    return delta, {"fit_seconds": round(seconds, 1), "relative_norm": norms, "lowest_gain": round(min(gains), 4) if gains else None}
+
+
+def main() -> None:
+    """Run all configurations on all seeds."""
+    from editunlearn.lm.loading import load
+    from editunlearn.pipeline import _known, environment
+
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="demo")
+    p.add_argument("--facts", required=True, type=Path)
+    p.add_argument("--text", required=True, type=Path)
+    p.add_argument("--configs", required=True, type=Path, help="YAML: a list of {name, hparams, set, targets}")
+    p.add_argument("--only", nargs="*", help="names of configurations")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--forget", type=int, default=40)
+    p.add_argument("--retain", type=int, default=40)
+    p.add_argument("--heldout", type=int, default=100)
+    p.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
+    p.add_argument("-v", "--verbose", action="count", default=0)
+    args = p.parse_args()
+    lm = load(args.model)
+    facts = load_facts(args.facts)
+    facts = [f for f, known in zip(facts, _known(lm, facts, None), strict=True) if known]
+    text = wikitext(args.text, lm, 40, 200)
+    done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
+    done["command"] = f"python benchmarks/quality.py --facts {args.facts.name} --text {args.text.name} --configs {args.configs} --seeds {' '.join(map(str, args.seeds))} --forget {args.forget} --retain {args.retain} --heldout {args.heldout}"
+    done["environment"] = dict(environment())
+    done["data"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in (args.facts, args.text)}
+    done["known_facts"] = len(facts)
+    for seed in args.seeds:
+        parts = split(facts, (args.forget, args.retain, args.heldout), seed)
+        sizes = dict(zip(("forget", "retain", "heldout"), map(len, parts), strict=True))
+        base = _base(done, lm, parts, text, seed, sizes)
+        for config in yaml.safe_load(args.configs.read_text(encoding="utf-8")):
+            key = {"name": config["name"], "seed": seed, "sizes": sizes, "config": config}
+            if (args.only and config["name"] not in args.only) or any(all(r.get(k) == v for k, v in key.items()) for r in done["runs"]):
+                continue
+            delta, cost = edit(lm, config, parts, args)
+            with delta.applied(lm):
+                scores = score(lm, parts, text)
+            kept = scores["heldout_accuracy"] / base["heldout_accuracy"]
+            rise = scores["perplexity"] / base["perplexity"] - 1
+            done["runs"].append({**key, "base": base, "edited": scores, "heldout_kept": kept, "perplexity_rise": rise, **cost})
+            atomic_write_json(args.out, done)
+            atomic_write_text(args.out.with_suffix(".md"), table(done))
+            sys.stdout.write(row(done["runs"][-1]) + "\n")
+            sys.stdout.flush()
+
+
+def _base(done: dict[str, Any], lm: Any, parts: Any, text: Any, seed: int, sizes: dict[str, int]) -> dict[str, float]:
+    for run in done["runs"]:
+        if run["seed"] == seed and run["sizes"] == sizes:
+            found: dict[str, float] = run["base"]
+            return found
+    return score(lm, parts, text)
+
+
+HEAD = "| configuration | seed | n | leak | behind a distraction | refused | behind a distraction | retain | held out kept | held out refused | perplexity | seconds |"
+
+
+def row(run: dict[str, Any]) -> str:
+    """One line of the table."""
+    e = run["edited"]
+    cells = [run["name"], run["seed"], run["sizes"]["forget"]]
+    cells += [f"{e[k]:.1%}" for k in ("leak", "leak_distracted", "refusal", "refusal_distracted", "retain_accuracy")]
+    cells += [f"{run['heldout_kept']:.1%}", f"{e['heldout_refusal']:.1%}", f"{run['perplexity_rise']:+.1%}", f"{run['fit_seconds']:.0f}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(done: dict[str, Any]) -> str:
+    """Markdown of all runs."""
+    env = ", ".join(f"{k} {v}" for k, v in done["environment"].items())
+    lines = [f"`{done['command']}`", "", env, "", HEAD, "|" + "---|" * 12, *map(row, done["runs"])]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Memory and work of a run, from the configuration and the texts alone: what ``apply --dry-run`` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from editunlearn.facts.readers import load_facts
+from editunlearn.resources import shipped_path
+
+if TYPE_CHECKING:
+    from editunlearn.facts.records import Fact
+    from editunlearn.hparams import EditorHParams
+
+CHARACTERS = 4
+"""Characters of a token of English text, about."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU, GPU = 0.3e12, 300e12
+"""Floating-point operations a second: two cores in bfloat16, one large GPU."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations of a forward pass; one that is trained through its frozen weights takes twice that.
+
+    Attributes:
+        token: two for every parameter that a token passes (looking an embedding up costs nothing).
+        logits: of the output head, for a position that is scored.
+    """
+
+    token: int
+    logits: int
+
+    def __call__(self, tokens: float, scored: float) -> float:
+        """Of a pass over ``tokens`` tokens, ``scored`` of which the head sees."""
+        return tokens * self.token + scored * self.logits
+
+
+def cost(model: Any) -> Cost:
+    """Cost of a model, which may be on the meta device."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    apart = {id(weight): weight.numel() for weight in (embedding, head)}  # tied: one
+    body = sum(p.numel() for p in model.parameters()) - sum(apart.values())
+    return Cost(2 * body, 2 * head.numel())
+
+
+def tokens_of(texts: Iterable[str]) -> int:
+    """Tokens of some texts, about; at least one each."""
+    return sum(len(text) // CHARACTERS + 1 for text in texts)
+
+
+def work(
+    cost: Cost, hp: EditorHParams, facts: Sequence[Fact], retain: Sequence[Fact], depth: float
+) -> dict[str, float]:
+    """Floating-point operations of each stage.
+
+    Args:
+        depth: share of the blocks up to the last edited one.
+    """
+    general = load_facts(shipped_path("data", "general_facts.jsonl"))
+    asked, kept = tokens_of(f.prompt for f in facts), tokens_of(f.prompt for f in retain)
+    targets = tokens_of(f.target or "" for f in facts)
+    contexts = hp.context_prefixes.count + 1
+    rows = contexts * (asked + targets) + len(facts) * hp.context_prefixes.count * hp.context_prefixes.tokens
+    pinned = 3 * asked if hp.value.kl > 0 else 0
+    stages = {
+        "general facts, once per model": cost(tokens_of(f.prompt + f.answer for f in general), 2 * len(general)),
+        "second moments, once per model": depth * cost(min(hp.moments.tokens, _most(hp)), 0),
+        "values, at most": 2 * hp.value.steps * cost(rows + pinned, contexts * targets + pinned / 8),
+        "refine": _refine(cost, hp, rows / max(1, len(facts) * contexts), targets / max(1, len(facts)), len(facts)),
+    }
+    prompts = [p for f in facts for p in (f.prompt, f.prompt, *f.paraphrases, *(n.prompt for n in f.neighbors))]
+    decoded = 24 * len(prompts) + 8 * (len(retain) + len(general) // 10)
+    read = tokens_of(prompts) + kept + tokens_of(f.prompt for f in general) / 10
+    text = shipped_path("data", "general_text.jsonl").stat().st_size / CHARACTERS / 10
+    stages["measuring before and after"] = 2 * cost(2 * read + decoded + text, decoded + text)
+    return stages
+
+
+def _most(hp: EditorHParams) -> float:
+    """Tokens that there are in the text for second moments."""
+    if hp.moments.text == "none":
+        return 0
+    shipped = hp.moments.text == "general"
+    return shipped_path("data", "general_text.jsonl").stat().st_size / CHARACTERS if shipped else hp.moments.tokens
+
+
+def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int) -> float:
+    """Every step trains on the three parts; the unedited model's logits are one more use of the head."""
+    if hp.refine is None:
+        return 0.0
+    r = hp.refine
+    forget = min(facts, r.forget_batch) * r.contexts
+    keep, text = r.retain_batch * 2, r.text_batch * r.text_length
+    trained = 2 * cost(forget * row + r.retain_batch * 16 + text, forget * target + keep + text)
+    return r.steps * (trained + (keep + text) * cost.logits)
+
+
+def memory(model: Any, hp: EditorHParams, dtype: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Bytes of what is large, and of all that is there at the same time."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    widest = max(i for _, i in shapes)
+    rows = {
+        f"model in {dtype}": float(BYTES.get(dtype, 4) * sum(p.numel() for p in model.parameters())),
+        "second moments": 0.0 if hp.moments.text == "none" else float(sum(8 * i * i for _, i in shapes)),
+        "one solve": 3.0 * 8 * widest * widest,
+        "logits of one batch": 2.0 * 4 * vocabulary * max(2048, hp.refine.batch_tokens if hp.refine else 0),
+    }
+    base, second, solve, logits = rows.values()
+    return {**rows, "at the same time, about": base + second + max(solve, logits)}
+
+
+def shown(flops: dict[str, float], memory: dict[str, float], disk: float) -> list[tuple[str, str]]:
+    """Rows of a table for people."""
+    total = sum(flops.values())
+    return [
+        *((f"memory: {name}", f"{size / 1e9:,.2f} GB") for name, size in memory.items()),
+        ("disk: delta", f"{disk / 1e6:,.1f} MB"),
+        *((f"work: {name}", f"{count / 1e12:,.1f} TFLOP") for name, count in flops.items()),
+        (f"time at {CPU / 1e12:g} TFLOP/s (2 cores, bfloat16)", f"about {max(1, total / CPU / 60):,.0f} min"),
+        (f"time at {GPU / 1e12:g} TFLOP/s (one large GPU)", f"about {max(1, total / GPU):,.0f} s"),
+    ]
