@@ -24,7 +24,7 @@ import yaml
 from editunlearn.artifacts import atomic_write_json, atomic_write_text
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, ForgetRequest
-from editunlearn.facts.targets import fill_targets
+from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
 
 DISTRACTION = "My neighbour told me a long story about his garden yesterday. "
 
@@ -80,11 +80,11 @@ def edit(lm: Any, config: dict[str, Any], parts: tuple[list[Fact], list[Fact], l
 
     forget, retain, heldout = parts
     hp = load_hparams(config["hparams"], set=[f"{k}={json.dumps(v)}" for k, v in config.get("set", {}).items()])
-    filled = fill_targets(forget, config.get("targets", "refusal"), seed=hp.seed)
+    filled = fill_targets(forget, config.get("targets", DEFAULT_TARGETS), seed=hp.seed)
     console = Console(quiet=not args.verbose, verbose=args.verbose)
-    general, spare = general_facts(lm, [*filled, *heldout], retain, default_cache_dir(), console)
+    general = general_facts(lm, [*filled, *heldout], retain, default_cache_dir(), console)
     start = time.perf_counter()
-    request = ForgetRequest(facts=tuple(filled), retain=tuple(retain), general=tuple(general))
+    request = ForgetRequest(tuple(filled), tuple(retain), tuple(general.known), tuple(general.names))
     delta = editors.fit(lm, request, hp, cache=default_cache_dir(), console=console)
     seconds = time.perf_counter() - start
     norms = {name: round(site.relative_norm or 0.0, 4) for name, site in delta.manifest.sites.items()}

@@ -25,6 +25,7 @@ from editunlearn.cli import (
     shown_command,
 )
 from editunlearn.errors import InputError
+from editunlearn.facts.targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
@@ -71,7 +72,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     group.add_argument("--retain", help="facts that must stay, in the same formats")
     group.add_argument(
-        "--targets", default="refusal", help="refusal (default), refusal:TEXT, empty, random, counterfactual"
+        "--targets",
+        default=DEFAULT_TARGETS,
+        help=f"refusal (one of many, per fact), refusal:TEXT, empty, random, counterfactual (default: {DEFAULT_TARGETS})",
     )
     group.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
     group.add_argument("--split", default="train", help="split of a hub dataset")

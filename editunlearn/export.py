@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
+    args = arguments(argv)  # before anything heavy is imported
     from editunlearn.deltas.files import load
     from editunlearn.deltas.lowrank import compose
     from editunlearn.deltas.merge import JOURNAL
 
-    args = arguments(argv)
     console = console_of(args)
     checks = Checks()
     delta = checks.run(lambda: load(args.delta))

@@ -106,7 +106,7 @@ class Moments(Piece):
     )
     tokens: Whole = Field(default=40_000, ge=1, description="How many tokens of that text to read.")
     length: Whole = Field(default=256, ge=2, description="Length of the packed sequences in tokens.")
-    weight: Real = Field(default=3000.0, gt=0, description="Weight of C against the keys of the facts.")
+    weight: Real = Field(default=10000.0, gt=0, description="Weight of C against the keys of the facts.")
 
 
 class Retain(Piece):
@@ -137,15 +137,15 @@ class Refine(Piece):
     lr: Real = Field(
         default=0.04, gt=0, description="Size of a step, relative to the left factors that would write the whole change."
     )
-    kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
-    text_kl: Real = Field(default=10.0, ge=0, description="Weight of the KL divergence on generic text.")
+    kl: Real = Field(default=20.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
+    text_kl: Real = Field(default=20.0, ge=0, description="Weight of the KL divergence on generic text.")
     drift: Real = Field(
         default=0.0, ge=0, description="Weight of the mean relative change of the site's output over all keys to keep."
     )
-    floor: Real = Field(default=0.05, ge=0, description="A target whose loss is at or below this no longer counts.")
-    forget_batch: Whole = Field(default=40, ge=1, description="Facts to forget per step.")
+    floor: Real = Field(default=0.1, ge=0, description="A target whose loss is at or below this no longer counts.")
+    forget_batch: Whole = Field(default=20, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")
-    retain_batch: Whole = Field(default=64, ge=1, description="Prompts to keep per step.")
+    retain_batch: Whole = Field(default=32, ge=1, description="Prompts to keep per step.")
     text_batch: Whole = Field(default=2, ge=1, description="Sequences of generic text per step.")
     text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
     batch_tokens: Whole = Field(

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, ForgetRequest, content_hash
-from editunlearn.facts.targets import fill_targets
+from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
 from editunlearn.facts.text import documents
 from editunlearn.resources import shipped_path
 
@@ -80,7 +80,7 @@ def forget(
     hp: EditorHParams,
     *,
     retain: Sequence[Fact] = (),
-    targets: str = "refusal",
+    targets: str = DEFAULT_TARGETS,
     out: Path | None = None,
     cache: Path | None = None,
     past: PastKeys | None = None,
@@ -120,8 +120,9 @@ def forget(
     filled = fill_targets(facts, targets, seed=hp.seed, pool=[*facts, *retain] if targets == "random" else None)
     kept = _without(retain, filled, console, "retain facts")
     with stages.timed("known facts"):
-        general, heldout = general_facts(lm, filled, kept, cache, console)
-    request = ForgetRequest(facts=tuple(filled), retain=tuple(kept), general=tuple(general))
+        general = general_facts(lm, filled, kept, cache, console)
+    heldout = general.heldout
+    request = ForgetRequest(tuple(filled), tuple(kept), tuple(general.known), tuple(general.names))
     text = perplexity_text(lm)
     before = after = None
     if evaluate:
@@ -219,30 +220,45 @@ def run_inputs(
         "dtype": str(lm.dtype),
         "model": model_fingerprint(lm),
         "tokenizer": tokenizer_hash(lm),
-        "facts": [content_hash(part) for part in (request.facts, request.retain, request.general)],
+        "facts": [content_hash(part) for part in (request.facts, request.retain, request.general, request.names)],
         "hparams": resolved(hp),
         "targets": targets,
         "past": earlier,
     }
 
 
+class General(NamedTuple):
+    """The shipped everyday facts as one model and request divide them; no subject is in two parts.
+
+    Attributes:
+        known: the model completes them correctly; they are preserved.
+        heldout: likewise, but no edit sees them.
+        names: the model does not know the answer; only the key of their subject is preserved.
+    """
+
+    known: list[Fact]
+    heldout: list[Fact]
+    names: list[Fact]
+
+
 def general_facts(
     lm: LM, facts: Sequence[Fact], retain: Sequence[Fact], cache: Path | None, console: Console
-) -> tuple[list[Fact], list[Fact]]:
-    """Shipped everyday facts that this model knows, less what is to be forgotten: (to preserve with, held out)."""
+) -> General:
+    """Divide the shipped facts, less those about a subject that is to be forgotten or that the user retains."""
     shipped = load_facts(shipped_path("data", "general_facts.jsonl"))
     known = _known(lm, shipped, cache)
-    taken = {comparable(f.subject) for f in retain}
-    free = [f for f, knows in zip(shipped, known, strict=True) if knows and comparable(f.subject) not in taken]
-    free = _without(free, facts, None, "")
-    heldout = free[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
-    held = {f.id for f in heldout}
-    general = [f for f in free if f.id not in held]
+    free = {f.id for f in _without(_without(shipped, facts, None, ""), retain, None, "")}
+    sure = [f for f, knows in zip(shipped, known, strict=True) if knows and f.id in free]
+    heldout = sure[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    held = {comparable(f.subject) for f in heldout}
+    rest = [(f, knows) for f, knows in zip(shipped, known, strict=True) if f.id in free]
+    rest = [(f, knows) for f, knows in rest if comparable(f.subject) not in held]
+    found = General([f for f, knows in rest if knows], heldout, [f for f, knows in rest if not knows])
     console.info(
-        f"general facts: the model knows {sum(known)} of {len(shipped)}; "
-        f"{len(general)} to preserve with, {len(heldout)} held out"
+        f"general facts: the model knows {sum(known)} of {len(shipped)}; {len(found.known)} to preserve, "
+        f"{len(heldout)} held out, {len(found.names)} unknown ones for the keys of their names"
     )
-    return general, heldout
+    return found
 
 
 def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:

@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
+    args = arguments(argv)  # before anything heavy is imported
     from editunlearn import editors
     from editunlearn.lm.layout import resolve_layers, text_config
     from editunlearn.lm.loading import default_cache_dir
 
-    args = arguments(argv)
     console = console_of(args)
     checks = Checks()
     cache = args.cache_dir or default_cache_dir()

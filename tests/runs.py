@@ -120,3 +120,14 @@ def spawn(*words: str, cwd: Path) -> Called:
 def listing(folder: Path) -> set[str]:
     """Every file below a folder, hidden ones too."""
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def quietly(words: list[str]) -> None:
+    """Run a command in this process, which then ends with its exit code; what it prints is dropped."""
+    import torch
+
+    torch.set_num_threads(1)
+    called = call(*words)
+    if called.code:
+        sys.__stderr__.write(called.err) if sys.__stderr__ else None
+    os._exit(called.code)

@@ -82,7 +82,6 @@ def test_results_have_every_metric_or_the_reason_why_not(finished: tuple[Path, C
     assert metrics["forget_leak"]["base"] == 1.0 and metrics["retain_accuracy"]["base"] == 1.0
     assert metrics["neighbor_accuracy"]["base"] == 1.0 and metrics["paraphrase_leak"]["base"] is not None
     assert {name for name, row in metrics.items() if row["base"] is None} == set(results["not_measured"])
-    assert set(results["not_measured"]) == {"heldout_accuracy", "heldout_over_refusal"}
     assert "answers" not in results  # private
 
 
@@ -270,7 +269,7 @@ def test_the_same_request_again_is_fine_and_another_needs_force(world: World, tm
 
 
 def test_easyedit_hparams(world: World, tmp_path: Path) -> None:
-    theirs = {**MEMIT, "alg_name": "MEMIT", "layers": [0, 1], "v_num_grad_steps": 2}
+    theirs = {**MEMIT, "alg_name": "MEMIT", "layers": [0, 1], "v_num_grad_steps": 3}
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs))
     flags = world.flags(None, settings=["moments.length=32", "moments.tokens=200", "refine=null"])
     flags[1] = str(tmp_path / "theirs.yaml")
@@ -278,7 +277,8 @@ def test_easyedit_hparams(world: World, tmp_path: Path) -> None:
     assert called.code == 0, called.err
     assert "translated hparams" in called.out and "v_num_grad_steps" in called.out
     made = _json(tmp_path / "run" / "delta.json")
-    assert made["hparams"]["value"]["steps"] == 2 and len(made["sites"]) == 2
+    assert made["hparams"]["value"]["steps"] == 2  # they count the evaluation before the first update
+    assert len(made["sites"]) == 2
 
 
 def test_facts_that_the_model_does_not_know_are_named(world: World, tmp_path: Path) -> None:
@@ -292,6 +292,8 @@ def test_facts_that_the_model_does_not_know_are_named(world: World, tmp_path: Pa
     assert "warning: the model does not answer 1 of 2 facts; nothing to forget there: nile" in called.err
     assert "1 retain facts are about a subject that is to be forgotten and do not count: again" in called.err
     assert "not measured: there are no retain facts" in called.err
+    reasons = _json(tmp_path / "run" / "results.json")["not_measured"]
+    assert {name.split("_")[0] for name in reasons} >= {"paraphrase", "neighbor", "retain"}
 
 
 def test_without_retain_and_with_stored_facts(world: World, tmp_path: Path) -> None:

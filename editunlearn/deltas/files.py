@@ -55,6 +55,7 @@ def save(delta: LowRankDelta, directory: str | Path, facts: Sequence[Fact] | Non
     manifest = delta.manifest if facts is None else _with_text(delta.manifest, facts)
     with atomic_path(target) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, metadata={"format": FORMAT, "version": str(VERSION)})
+        _sort_metadata(temporary)
         manifest = manifest.model_copy(update={"tensors_sha256": sha256_file(temporary)})
         content = json_bytes(manifest.model_dump(mode="json"))
         _keep_previous(folder)
@@ -171,6 +172,19 @@ def stale_weight(name: str, site: SiteRecord, weight: torch.Tensor, manifest: Ma
         f"{'@' + manifest.base.revision if manifest.base.revision else ''}), but this model has "
         f"{found}.{loaded} Load that model and revision, make the delta anew, or force it."
     )
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in order: safetensors writes it in another one each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        if len(ordered) > length:
+            raise ValueError(f"{path}: the header grew from {length} to {len(ordered)} bytes")
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def _with_text(manifest: Manifest, facts: Sequence[Fact]) -> Manifest:

@@ -144,7 +144,8 @@ class Flow:
     ) -> tuple[dict[str, Pair], dict[str, SiteProblem]]:
         """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
         lm, facts = self.lm, len(self.request.facts)
-        keep_rows = contexts.keep_rows(lm, keep, self.hp, answers=False) if self.hp.retain.weight > 0 else []
+        held = [*keep, *self.request.names][: self.hp.retain.max_keys] if self.hp.retain.weight > 0 else []
+        keep_rows = contexts.keep_rows(lm, held, self.hp, answers=False)
         kept_keys = keys.collect(lm, keep_rows, sites, warn=self.console.warn) if keep_rows else {}
         per_fact = len(rows.keys) // facts
         factors: dict[str, Pair] = {}

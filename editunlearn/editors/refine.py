@@ -203,14 +203,17 @@ class _Draw:
 
 
 def _forget(lm: LM, facts: Sequence[Sequence[Row]], hp: Refine) -> float:
-    """Mean NLL of the targets; its gradient is added to the left factors, batch by batch."""
+    """NLL of the targets, mean over tokens plus that of the first; its gradient is added to the left factors.
+
+    The first token decides whether greedy decoding enters the refusal at all, and the ones after it follow easily.
+    """
     rows = [(row, i) for i, fact in enumerate(facts) for row in fact]
     weight = torch.tensor([1 / (len(facts[i]) * len(facts)) for _, i in rows], device=lm.device)
     total = 0.0
     for part in by_length([len(r.ids) for r, _ in rows], hp.batch_tokens):
         padded = batch([rows[i][0] for i in part], lm.pad_id, lm.device)
         token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
-        nll = losses.mean_by(token, padded.owners, len(part))
+        nll = losses.mean_by(token, padded.owners, len(part)) + token[losses.first_of(padded.owners)]
         ((nll - hp.floor).clamp(min=0) * weight[part]).sum().backward()  # type: ignore[no-untyped-call]
         total += float((nll.detach() * weight[part]).sum())
     return total

@@ -69,11 +69,14 @@ class ForgetRequest:
         facts: what to forget.
         retain: the user's own facts that have to stay.
         general: shipped everyday facts that have to stay, already filtered against ``facts``.
+        names: facts that the model does not know, whose subjects' keys are preserved all the same: what an edit
+            does to a name should not depend on whether there was anything to know about it.
     """
 
     facts: tuple[Fact, ...]
     retain: tuple[Fact, ...] = ()
     general: tuple[Fact, ...] = ()
+    names: tuple[Fact, ...] = ()
 
 
 def answers(fact: Fact) -> tuple[str, ...]:

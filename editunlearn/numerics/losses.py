@@ -86,3 +86,10 @@ def mean_by(values: Tensor, groups: Tensor, count: int) -> Tensor:
     total = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, values)
     size = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, groups, torch.ones_like(values))
     return total / size.clamp(min=1)
+
+
+def first_of(groups: Tensor) -> Tensor:
+    """Index of the first element of each run of equal numbers in ``groups`` (n,), sorted; (number of runs,)."""
+    new = torch.ones_like(groups, dtype=torch.bool)
+    new[1:] = groups[1:] != groups[:-1]
+    return new.nonzero()[:, 0]

@@ -1,0 +1,143 @@
+"""A run that is killed with SIGKILL and started again writes the same bytes as one that was left alone.
+
+The moments of the kills are shares of the processor time of an uninterrupted run, so that they hit the same stages on
+a slow or busy machine. The processes are forked from one that has the libraries loaded: all their time is work.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from runs import World, build, listing, quietly
+
+from editunlearn.workspace import Workspace
+
+SETTINGS = [
+    *("context_prefixes.count=2", "batch_tokens=64", "value.steps=40", "value.stop_loss=0"),
+    *("refine.steps=23", "refine.text_length=32", "refine.floor=0", "moments.length=32", "moments.tokens=4000"),
+]
+KILLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.95)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build(tmp_path_factory.mktemp("kill") / "world")
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[[list[str]], Any]]:
+    """Starts a command in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", "editunlearn.apply", "editunlearn.pipeline", "editunlearn.editors.flow"])
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    def launch(words: list[str]) -> Any:
+        process = context.Process(target=quietly, args=(words,))
+        process.start()
+        return process
+
+    yield launch
+    if threads is None:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+def _run(
+    start: Callable[[list[str]], Any],
+    words: list[str],
+    seconds: float | None = None,
+    killed: list[bool] | None = None,
+) -> float:
+    """Run a command; kill it after so much processor time and note in ``killed`` whether that was before its end."""
+    process = start(words)
+    watched, used = psutil.Process(process.pid), 0.0
+    while process.is_alive():
+        try:
+            used = sum(watched.cpu_times()[:2])
+        except psutil.Error:
+            break
+        if seconds is not None and used >= seconds:
+            watched.kill()
+            process.join()
+            assert process.exitcode in (-signal.SIGKILL, 0)  # 0: it was done before the signal came
+            if killed is not None:
+                killed.append(process.exitcode != 0)
+            return used
+        time.sleep(0.005)
+    process.join()
+    assert process.exitcode == 0
+    return used
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """All files but those that name times and folders, or that a kill left half-written."""
+    names = [n for n in sorted(listing(folder)) if Path(n).name not in ("timing.json", "README.md")]
+    return {name: (folder / name).read_bytes() for name in names if ".tmp-" not in name}
+
+
+def test_apply(world: World, start: Callable[[list[str]], Any]) -> None:
+    warm = world.cache
+    _run(start, ["apply", *world.flags(world.root / "first", settings=SETTINGS)])  # fills the cache of general facts
+    shutil.rmtree(warm / "moments")
+
+    def words(name: str) -> list[str]:
+        if not (cache := world.root / f"{name}-cache").exists():
+            shutil.copytree(warm, cache)
+        flags = ["--save", "lora", "--quiet", "--cache-dir", str(cache)]
+        return ["apply", *world.flags(world.root / name, *flags, settings=SETTINGS)]
+
+    whole = _run(start, words("whole"))
+    wanted = _files(world.root / "whole")
+    assert {"delta.safetensors", "delta.json", "results.json", "past_keys.safetensors"} < set(wanted)
+    stages, killed = set(), list[bool]()
+    for share in KILLS:
+        name = f"killed-{share}"
+        _run(start, words(name), share * whole, killed)
+        out = world.root / name
+        left = listing(out) if out.exists() else set()
+        stages.add(frozenset(Path(p).name for p in left if ".tmp-" not in p))
+        _run(start, words(name))
+        assert _files(out) == wanted, name
+        assert listing(out) == listing(world.root / "whole"), name
+    print(world.root, f"{whole:.1f} s of work; killed with these files there: {sorted(map(sorted, stages))}")
+    assert len(stages) >= 3 and sum(killed) >= 8, (stages, killed)
+
+
+def test_stats(world: World, start: Callable[[list[str]], Any]) -> None:
+    sizes = ["--set", "moments.text=general", "--set", "moments.length=16", "--layers", "0", "1", "2"]
+
+    def words(name: str) -> list[str]:
+        return ["stats", *world.stats_flags(world.root / name, *sizes, "--quiet")]
+
+    whole = _run(start, words("stats-whole"))
+    wanted = _files(world.root / "stats-whole")
+    assert len(wanted) == 3
+    partial = 0
+    for share in (0.3, 0.5, 0.7, 0.9):
+        name = f"stats-{share}"
+        _run(start, words(name), share * whole)
+        cache = world.root / name
+        partial += bool(cache.exists() and [p for p in listing(cache) if p.endswith("partial.safetensors")])
+        _run(start, words(name))
+        assert _files(cache) == wanted, name
+    assert partial >= 1
+
+
+def test_a_damaged_piece_counts_as_missing(tmp_path: Path) -> None:
+    import torch
+
+    work = Workspace(tmp_path, {"a": 1})
+    work.put("values", {"x": torch.ones(3)})
+    assert work.get("values") is not None and work.folder is not None
+    path = work.folder / "values.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert work.get("values") is None and work.get("refine") is None
