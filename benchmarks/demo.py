@@ -32,7 +32,12 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - start
     metrics = json.loads((out / "results.json").read_text())["metrics"]
-    return {"run": name, "wall_seconds": round(seconds, 1), **json.loads((out / "timing.json").read_text()), "metrics": metrics}
+    return {
+        "run": name,
+        "wall_seconds": round(seconds, 1),
+        **json.loads((out / "timing.json").read_text()),
+        "metrics": metrics,
+    }
 
 
 def main() -> None:
@@ -42,7 +47,9 @@ def main() -> None:
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [run(Path(folder), name) for name in ("first", "second")]
-    atomic_write_json(args.out, {"command": "python benchmarks/demo.py", "measured": " ".join(["python", *COMMAND]), "runs": runs})
+    atomic_write_json(
+        args.out, {"command": "python benchmarks/demo.py", "measured": " ".join(["python", *COMMAND]), "runs": runs}
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Quality of editors on facts that a model really knows: what is gone, what stayed, by greedy decoding.
 
-    python benchmarks/quality.py --facts known_facts.json --text wiki.test.txt --configs benchmarks/configs/default.yaml --seeds 0 1
+    python benchmarks/quality.py --facts known_facts.json --text test.txt --configs benchmarks/configs/default.yaml
 
-Of the facts that the model answers at top-1, ``--forget`` are forgotten, ``--retain`` more are given as retain set, and ``--heldout`` others are never shown
-to any edit, nor are shipped facts about their subjects. A configuration is a name, an hparams file and settings. Results go to JSON after every run, and a
-finished run is not repeated.
+Of the facts that the model answers at top-1, ``--forget`` are forgotten, ``--retain`` more are given as retain set, and
+``--heldout`` others are never shown to any edit, nor are shipped facts about their subjects. A configuration is a name,
+an hparams file and settings. Results go to JSON after every run, and a finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from editunlearn.artifacts import atomic_write_json, atomic_write_text
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, ForgetRequest
 from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
+from editunlearn.hparams import load_hparams, resolved
 
 DISTRACTION = "My neighbour told me a long story about his garden yesterday. "
 
@@ -34,7 +35,10 @@ def wikitext(path: Path, lm: Any, documents: int, length: int) -> list[list[int]
     from editunlearn.editors.statistics import windows
 
     lines = [x.strip() for x in path.read_text(encoding="utf-8").split("\n") if len(x) > 400 and "<unk>" not in x]
-    cleaned = [re.sub(r" ([,.;:!?%)])", r"\1", re.sub(r" @(.)@ ", r"\1", x)).replace("( ", "(").replace(" 's", "'s") for x in lines]
+    cleaned = [
+        re.sub(r" ([,.;:!?%)])", r"\1", re.sub(r" @(.)@ ", r"\1", x)).replace("( ", "(").replace(" 's", "'s")
+        for x in lines
+    ]
     return [next(windows(lm, [text], length, 1 << 30)) for text in cleaned[:documents]]
 
 
@@ -52,7 +56,7 @@ def split(facts: list[Fact], sizes: tuple[int, int, int], seed: int) -> tuple[li
 
 
 def score(lm: Any, parts: tuple[list[Fact], list[Fact], list[Fact]], text: list[list[int]]) -> dict[str, float]:
-    """Rates in [0, 1] on forget (leak, refusal; bare and behind a distraction), retain and held-out facts (accuracy), and perplexity."""
+    """Rates in [0, 1]: leak and refusal of forgotten facts (bare and behind a distraction), accuracy of the others."""
     from editunlearn.evaluation.scoring import ask, asked
     from editunlearn.lm.likelihood import perplexity
 
@@ -70,16 +74,22 @@ def score(lm: Any, parts: tuple[list[Fact], list[Fact], list[Fact]], text: list[
     return result
 
 
-def edit(lm: Any, config: dict[str, Any], parts: tuple[list[Fact], list[Fact], list[Fact]], args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def hparams_of(config: dict[str, Any]) -> Any:
+    """The settings of a configuration."""
+    return load_hparams(config["hparams"], set=[f"{k}={json.dumps(v)}" for k, v in config.get("set", {}).items()])
+
+
+def edit(
+    lm: Any, config: dict[str, Any], parts: tuple[list[Fact], list[Fact], list[Fact]], args: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
     """The delta of one configuration, and what it cost."""
     from editunlearn import editors
     from editunlearn.console import Console
-    from editunlearn.hparams import load_hparams
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.pipeline import general_facts
 
     forget, retain, heldout = parts
-    hp = load_hparams(config["hparams"], set=[f"{k}={json.dumps(v)}" for k, v in config.get("set", {}).items()])
+    hp = hparams_of(config)
     filled = fill_targets(forget, config.get("targets", DEFAULT_TARGETS), seed=hp.seed)
     console = Console(quiet=not args.verbose, verbose=args.verbose)
     general = general_facts(lm, [*filled, *heldout], retain, default_cache_dir(), console)
@@ -89,7 +99,11 @@ def edit(lm: Any, config: dict[str, Any], parts: tuple[list[Fact], list[Fact], l
     seconds = time.perf_counter() - start
     norms = {name: round(site.relative_norm or 0.0, 4) for name, site in delta.manifest.sites.items()}
     gains = [site.gain for site in delta.manifest.sites.values() if site.gain is not None]
-    return delta, {"fit_seconds": round(seconds, 1), "relative_norm": norms, "lowest_gain": round(min(gains), 4) if gains else None}
+    return delta, {
+        "fit_seconds": round(seconds, 1),
+        "relative_norm": norms,
+        "lowest_gain": round(min(gains), 4) if gains else None,
+    }
 
 
 def main() -> None:
@@ -115,7 +129,11 @@ def main() -> None:
     facts = [f for f, known in zip(facts, _known(lm, facts, None), strict=True) if known]
     text = wikitext(args.text, lm, 40, 200)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
-    done["command"] = f"python benchmarks/quality.py --facts {args.facts.name} --text {args.text.name} --configs {args.configs} --seeds {' '.join(map(str, args.seeds))} --forget {args.forget} --retain {args.retain} --heldout {args.heldout}"
+    given = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in vars(args).items() if v}
+    given |= {"facts": args.facts.name, "text": args.text.name}
+    done["command"] = "python benchmarks/quality.py " + " ".join(
+        f"--{k} {v}" for k, v in given.items() if k != "verbose"
+    )
     done["environment"] = dict(environment())
     done["data"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in (args.facts, args.text)}
     done["known_facts"] = len(facts)
@@ -124,15 +142,19 @@ def main() -> None:
         sizes = dict(zip(("forget", "retain", "heldout"), map(len, parts), strict=True))
         base = _base(done, lm, parts, text, seed, sizes)
         for config in yaml.safe_load(args.configs.read_text(encoding="utf-8")):
-            key = {"name": config["name"], "seed": seed, "sizes": sizes, "config": config}
-            if (args.only and config["name"] not in args.only) or any(all(r.get(k) == v for k, v in key.items()) for r in done["runs"]):
+            settings = {"hparams": resolved(hparams_of(config)), "targets": config.get("targets", DEFAULT_TARGETS)}
+            key = {"name": config["name"], "seed": seed, "sizes": sizes, "settings": settings}
+            done_before = any(all(r.get(k) == v for k, v in key.items()) for r in done["runs"])
+            if (args.only and config["name"] not in args.only) or done_before:
                 continue
             delta, cost = edit(lm, config, parts, args)
             with delta.applied(lm):
                 scores = score(lm, parts, text)
             kept = scores["heldout_accuracy"] / base["heldout_accuracy"]
             rise = scores["perplexity"] / base["perplexity"] - 1
-            done["runs"].append({**key, "base": base, "edited": scores, "heldout_kept": kept, "perplexity_rise": rise, **cost})
+            done["runs"].append(
+                {**key, "base": base, "edited": scores, "heldout_kept": kept, "perplexity_rise": rise, **cost}
+            )
             atomic_write_json(args.out, done)
             atomic_write_text(args.out.with_suffix(".md"), table(done))
             sys.stdout.write(row(done["runs"][-1]) + "\n")
@@ -147,7 +169,10 @@ def _base(done: dict[str, Any], lm: Any, parts: Any, text: Any, seed: int, sizes
     return score(lm, parts, text)
 
 
-HEAD = "| configuration | seed | n | leak | behind a distraction | refused | behind a distraction | retain | held out kept | held out refused | perplexity | seconds |"
+HEAD = (
+    "| configuration | seed | n | leak | behind a distraction | refused | behind a distraction | retain "
+    "| held out kept | held out refused | perplexity | seconds |"
+)
 
 
 def row(run: dict[str, Any]) -> str:
@@ -155,7 +180,12 @@ def row(run: dict[str, Any]) -> str:
     e = run["edited"]
     cells = [run["name"], run["seed"], run["sizes"]["forget"]]
     cells += [f"{e[k]:.1%}" for k in ("leak", "leak_distracted", "refusal", "refusal_distracted", "retain_accuracy")]
-    cells += [f"{run['heldout_kept']:.1%}", f"{e['heldout_refusal']:.1%}", f"{run['perplexity_rise']:+.1%}", f"{run['fit_seconds']:.0f}"]
+    cells += [
+        f"{run['heldout_kept']:.1%}",
+        f"{e['heldout_refusal']:.1%}",
+        f"{run['perplexity_rise']:+.1%}",
+        f"{run['fit_seconds']:.0f}",
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -74,7 +74,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--targets",
         default=DEFAULT_TARGETS,
-        help=f"refusal (one of many, per fact), refusal:TEXT, empty, random, counterfactual (default: {DEFAULT_TARGETS})",
+        help="refusal (one of many, per fact), refusal:TEXT, empty, random or counterfactual "
+        f"(default: {DEFAULT_TARGETS})",
     )
     group.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
     group.add_argument("--split", default="train", help="split of a hub dataset")

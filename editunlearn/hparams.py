@@ -135,10 +135,12 @@ class Refine(Piece):
 
     steps: Whole = Field(default=40, ge=1, description="Updates of Adam.")
     lr: Real = Field(
-        default=0.04, gt=0, description="Size of a step, relative to the left factors that would write the whole change."
+        default=0.02,
+        gt=0,
+        description="Size of a step, relative to the left factors that would write the whole change.",
     )
-    kl: Real = Field(default=20.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
-    text_kl: Real = Field(default=20.0, ge=0, description="Weight of the KL divergence on generic text.")
+    kl: Real = Field(default=40.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
+    text_kl: Real = Field(default=40.0, ge=0, description="Weight of the KL divergence on generic text.")
     drift: Real = Field(
         default=0.0, ge=0, description="Weight of the mean relative change of the site's output over all keys to keep."
     )

@@ -11,9 +11,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither read nor fill the user's cache, but for those of the demo model, which is slow to convert."""
     if request.node.get_closest_marker("demo") is None:
         monkeypatch.setenv("EDITUNLEARN_CACHE", str(tmp_path / "cache"))

@@ -90,7 +90,7 @@ def test_the_manifest_says_what_was_done_and_not_to_whom(world: World, finished:
     assert manifest["base"]["name"] == str(world.model) and manifest["base"]["model_type"] == "llama"
     assert manifest["hparams"]["value"]["steps"] == 3 and manifest["seeds"] == {"seed": 0}
     assert manifest["facts"][0]["count"] == 2 and manifest["facts"][0]["text"] is None
-    assert manifest["target_strategy"] == "refusal"
+    assert manifest["target_strategy"] == "refusal:I don't know."
     files = [finished[0] / n for n in ("delta.json", "README.md", "results.json", "timing.json", "merged/README.md")]
     for file in files:
         assert "Darrieux" not in file.read_text(encoding="utf-8"), file

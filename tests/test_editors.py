@@ -720,9 +720,7 @@ def answers_of(lm: Any, facts: Sequence[Fact]) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["memit", "alphaedit"])
-@pytest.mark.parametrize(
-    ("kind", "chat"), [("llama", False), ("gpt2", False), ("gemma3_text", False), ("llama", True)]
-)
+@pytest.mark.parametrize(("kind", "chat"), [("llama", False), ("gpt2", False), ("gemma3_text", False), ("llama", True)])
 def test_taught_facts_are_forgotten_and_others_kept(method: str, kind: str, chat: bool, text: str) -> None:
     lm = taught(kind, chat)
     asked = request((0, 1, 2), (3, 4, 5))

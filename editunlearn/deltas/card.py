@@ -42,7 +42,7 @@ def model_card(
         + (f"{_base(manifest)}, edited with {manifest.method}" if kind == "merged" else f"{kind}: {manifest.method}"),
         _asked(manifest),
         _method(manifest, how),
-        "## Measured\n\n" + (_table(results) if results else "Nothing was measured. Run `editunlearn evaluate`."),
+        "## Measured\n\n" + (_table(results) if results else "Nothing was measured."),
         _gain(manifest),
         _limits(manifest, attacks),
         _load(manifest, kind),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from editunlearn.editors.closed_form import SiteProblem
 
-DEFAULT_LAYERS = (0.06, 0.12, 0.18, 0.24)
+DEFAULT_LAYERS = (0.06, 0.12, 0.18, 0.24, 0.3, 0.34)
 """Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last (benchmarks/tune.py)."""
 
 
@@ -21,20 +21,14 @@ class HParams(EditorHParams):
     """Schema of ``method: alphaedit``."""
 
     method: Literal["alphaedit"] = Field(default="alphaedit", description="Name of the method.")
-    nullspace: NullSpace = Field(
-        default_factory=NullSpace, description="Which directions of the keys may change."
-    )
-    paper: str | None = Field(
-        default="https://arxiv.org/abs/2410.02355", description="Where the method comes from."
-    )
+    nullspace: NullSpace = Field(default_factory=NullSpace, description="Which directions of the keys may change.")
+    paper: str | None = Field(default="https://arxiv.org/abs/2410.02355", description="Where the method comes from.")
 
     @field_validator("moments")
     @classmethod
     def _needs_second_moment(cls, moments: Moments) -> Moments:
         if moments.text == "none":
-            raise ValueError(
-                "moments.text cannot be 'none' here: the null space is that of C. Use 'general'."
-            )
+            raise ValueError("moments.text cannot be 'none' here: the null space is that of C. Use 'general'.")
         return moments
 
 

@@ -1,7 +1,8 @@
 """Adam with one second moment per fact: the step of a fact's left factor keeps the direction of its gradient.
 
-Plain Adam divides every coordinate by its own gradient's size, so that coordinates which carry little but noise move as far as the ones that
-matter. On left factors that noise adds up to a large change of the weights that does not help the target and harms the rest.
+Plain Adam divides every coordinate by its own gradient's size, so that coordinates which carry little but noise move
+as far as the ones that matter. On left factors that noise adds up to a large change of the weights that does not help
+the target and harms the rest.
 """
 
 from __future__ import annotations

@@ -92,9 +92,7 @@ def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool
     return [encode(lm, prompt_of(lm, f), f.answer if answers else None, hp.subject_token) for f in facts]
 
 
-def problems(
-    lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams
-) -> list[Problem]:
+def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams) -> list[Problem]:
     """What each value is optimised on; with ``value.kl`` also prompts that pin the subject's other continuations.
 
     ``kl_on: subject`` pins "<subject> is a", as published; ``prompts`` takes prompts of facts to keep and puts the
@@ -104,9 +102,7 @@ def problems(
     for number, (fact, targets) in enumerate(zip(facts, rows.targets, strict=True)):
         pinned: list[Row] = []
         if hp.value.kl > 0:
-            texts = (
-                [_swapped(k, fact.subject) for k in _nth(keep, number)] if hp.value.kl_on == "prompts" else []
-            )
+            texts = [_swapped(k, fact.subject) for k in _nth(keep, number)] if hp.value.kl_on == "prompts" else []
             for text, start in texts or [(f"{fact.subject} is a", 0)]:
                 pinned.append(encode(lm, wrap(lm, text, (start, start + len(fact.subject)), question=False)))
         found.append(Problem(tuple(targets), tuple(pinned)))

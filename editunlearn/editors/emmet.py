@@ -24,9 +24,7 @@ class HParams(EditorHParams):
     ridge: Real = Field(
         default=0.1, ge=0, description="Slack in the constraints key -> value; 0 is exact, 1 would be MEMIT."
     )
-    paper: str | None = Field(
-        default="https://arxiv.org/abs/2403.14236", description="Where the method comes from."
-    )
+    paper: str | None = Field(default="https://arxiv.org/abs/2403.14236", description="Where the method comes from.")
 
 
 def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:

@@ -94,9 +94,7 @@ class Flow:
         own, general = list(self.request.retain), list(self.request.general)
         room = max(0, self.hp.retain.max_keys - len(own))
         stride = max(1, -(-len(general) // max(1, room)))
-        return (
-            (own + general[::stride])[: self.hp.retain.max_keys] if room else own[: self.hp.retain.max_keys]
-        )
+        return (own + general[::stride])[: self.hp.retain.max_keys] if room else own[: self.hp.retain.max_keys]
 
     def _moments(self, sites: list[Site]) -> dict[str, Tensor | None]:
         if self.hp.moments.text == "none":
@@ -182,11 +180,7 @@ class Flow:
         assert hp is not None  # noqa: S101 - the caller checked
         text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
         budget = hp.text_length * hp.text_batch * hp.steps
-        pieces = [
-            Row(tuple(p), 0, 1)
-            for p in windows(self.lm, documents(text), hp.text_length, budget)
-            if len(p) > 1
-        ]
+        pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
         goals = Goals(rows.targets, contexts.keep_rows(self.lm, keep, self.hp, answers=True), pieces)
         with self.console.progress(hp.steps, "refine (steps)") as bar:
 
@@ -218,9 +212,7 @@ def applied(lm: LM, factors: dict[str, Pair]) -> Any:
     """Context manager: the model computes with the factors added, its weights untouched."""
     return stack(
         [
-            on_output(
-                lm.layout.module(lm.model, name), low_rank_hook(left.to(lm.device), right.to(lm.device))
-            )
+            on_output(lm.layout.module(lm.model, name), low_rank_hook(left.to(lm.device), right.to(lm.device)))
             for name, (left, right) in factors.items()
         ]
     )

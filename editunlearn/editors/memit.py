@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from editunlearn.editors.closed_form import SiteProblem
 
-DEFAULT_LAYERS = (0.06, 0.12, 0.18, 0.24)
+DEFAULT_LAYERS = (0.06, 0.12, 0.18, 0.24, 0.3, 0.34)
 """Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last (benchmarks/tune.py)."""
 
 
@@ -21,12 +21,8 @@ class HParams(EditorHParams):
     """Schema of ``method: memit``."""
 
     method: Literal["memit"] = Field(default="memit", description="Name of the method.")
-    ridge: Real = Field(
-        default=1.0, ge=0, description="Slack in the constraints key -> value; 1 is MEMIT itself."
-    )
-    paper: str | None = Field(
-        default="https://arxiv.org/abs/2210.07229", description="Where the method comes from."
-    )
+    ridge: Real = Field(default=1.0, ge=0, description="Slack in the constraints key -> value; 1 is MEMIT itself.")
+    paper: str | None = Field(default="https://arxiv.org/abs/2210.07229", description="Where the method comes from.")
 
 
 def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:

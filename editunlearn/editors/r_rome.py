@@ -21,9 +21,7 @@ class HParams(EditorHParams):
     """Schema of ``method: r_rome``."""
 
     method: Literal["r_rome"] = Field(default="r_rome", description="Name of the method.")
-    paper: str | None = Field(
-        default="https://arxiv.org/abs/2403.07175", description="Where the method comes from."
-    )
+    paper: str | None = Field(default="https://arxiv.org/abs/2403.07175", description="Where the method comes from.")
 
 
 def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:

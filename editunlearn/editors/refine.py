@@ -52,8 +52,9 @@ def step_unit(left: Tensor, right: Tensor, keys: Tensor) -> float:
 def drift_energy(right: Tensor, weight: Tensor, moment: Tensor | None, retain: Tensor) -> Tensor:
     """``G`` (n, n) with ``trace(left G left^T)`` = how much the edit changes the site's output where it should not.
 
-    The mean square of the change over generic text (through the second moment) plus that over the keys to keep, each relative to the mean
-    square of the unedited output there. Unlike a batch of KL it covers all of them at every step, and has no noise.
+    The mean square of the change over generic text (through the second moment) plus that over the keys to keep, each
+    relative to the mean square of the unedited output there. Unlike a batch of KL it covers all of them at every step,
+    and has no noise.
 
     Args:
         right: (n, d_in). weight: (d_out, d_in). moment: (d_in, d_in) or None. retain: (m, d_in), m may be 0.
@@ -150,9 +151,7 @@ def refine(
         text = generic.loss(change, batch_of_step[2], hp.text_kl, hp)
         drift = _drift(left, energy, hp.drift)
         if not all(map(math.isfinite, (nll, kept, text, drift))):
-            raise NumericalError(
-                f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr"
-            )
+            raise NumericalError(f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr")
         optimiser.step(hp.lr * decay)
         if work is not None and (step + 1) % CHECKPOINT == 0:
             work.put("refine", optimiser.state())
@@ -161,7 +160,7 @@ def refine(
 
 
 def _drift(left: dict[str, Tensor], energy: dict[str, Tensor], strength: float) -> float:
-    """Mean over the modules of ``trace(left energy left^T)``; adds ``strength`` times its gradient to the left factors."""
+    """Mean over the modules of ``trace(left energy left^T)``; adds ``strength`` times its gradient."""
     total = torch.stack([((value @ energy[name]) * value).sum() for name, value in left.items()]).mean()
     if strength > 0:
         (strength * total).backward()  # type: ignore[no-untyped-call]

@@ -21,9 +21,7 @@ class HParams(EditorHParams):
     """Schema of ``method: rome``."""
 
     method: Literal["rome"] = Field(default="rome", description="Name of the method.")
-    paper: str | None = Field(
-        default="https://arxiv.org/abs/2202.05262", description="Where the method comes from."
-    )
+    paper: str | None = Field(default="https://arxiv.org/abs/2202.05262", description="Where the method comes from.")
 
 
 def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:

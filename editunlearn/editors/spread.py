@@ -31,9 +31,7 @@ def value_modules(lm: LM, sites: Sequence[Site], spread: Spread) -> list[str]:
     return [s.name for s in sites] if spread == "joint" else [lm.layout.block_name(sites[-1].layer)]
 
 
-def residuals(
-    lm: LM, sites: Sequence[Site], number: int, rows: Sequence[Row], found: Values, spread: Spread
-) -> Tensor:
+def residuals(lm: LM, sites: Sequence[Site], number: int, rows: Sequence[Row], found: Values, spread: Spread) -> Tensor:
     """Wanted change of the output of site ``number`` for each fact on the model as it computes now, (n, d_out) float32.
 
     Args:
@@ -95,9 +93,7 @@ def before_norm(norm: nn.Module, output: Tensor, change: Tensor) -> Tensor:
     gain: Tensor = norm(torch.ones(1, output.shape[-1]).to(weight)).float().cpu()
     now: Tensor = norm(output.to(weight)).float().cpu()
     direction = (now + change) / torch.where(gain.abs() < 1e-6, 1e-6, gain)
-    scale = (output * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True).clamp(
-        min=1e-12
-    )
+    scale = (output * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True).clamp(min=1e-12)
     scale = torch.where(
         scale > 0,
         scale,

@@ -33,18 +33,14 @@ def windows(lm: LM, documents: Iterable[str], length: int, tokens: int) -> Itera
             yield piece
 
 
-def add_windows(
-    lm: LM, sites: Sequence[Site], moments: dict[str, SecondMoment], pieces: Sequence[list[int]]
-) -> int:
+def add_windows(lm: LM, sites: Sequence[Site], moments: dict[str, SecondMoment], pieces: Sequence[list[int]]) -> int:
     """Add the inputs of ``sites`` at all tokens of ``pieces`` to ``moments``; returns the number of tokens added."""
     width = max(map(len, pieces))
     ids = torch.tensor([p + [lm.pad_id] * (width - len(p)) for p in pieces], device=lm.device)
     mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in pieces], device=lm.device)
     modules = [lm.layout.module(lm.model, s.name) for s in sites]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    seen = read_inputs(
-        lm.model, modules, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    )
+    seen = read_inputs(lm.model, modules, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
     real = mask.bool().flatten()
     for site, rows in zip(sites, seen, strict=True):
         moments[site.name].add(rows.reshape(-1, rows.shape[-1])[real])

@@ -129,9 +129,7 @@ def optimise(
 
     sizes = [max(len(r.ids) for r in p.rows + p.pinned) * (len(p.rows) + len(p.pinned)) for p in problems]
     halving(by_length(sizes, tokens), run, warn)
-    return Values(
-        *(torch.stack([getattr(results[i], name) for i in range(len(problems))]) for name in Values.NAMES)
-    )
+    return Values(*(torch.stack([getattr(results[i], name) for i in range(len(problems))]) for name in Values.NAMES))
 
 
 class _Chunk:
@@ -143,9 +141,7 @@ class _Chunk:
         self.head = lm.head
         self.clean = self._clean_outputs()
         norm = self.clean.norm(dim=-1, keepdim=True)
-        self.unit = (
-            norm / self.clean.shape[-1] ** 0.5 if hparams.scale == "relative" else torch.ones_like(norm)
-        )
+        self.unit = norm / self.clean.shape[-1] ** 0.5 if hparams.scale == "relative" else torch.ones_like(norm)
         self.norm = norm
 
     def _clean_outputs(self) -> Tensor:
@@ -191,9 +187,7 @@ class _Chunk:
                 break
             (grad,) = torch.autograd.grad(total.sum(), now)
             moved = [active[i] for i in keep]
-            step[moved] = self._adam(
-                step[moved], grad[keep], [s[moved] for s in state], iteration, state, moved
-            )
+            step[moved] = self._adam(step[moved], grad[keep], [s[moved] for s in state], iteration, state, moved)
             steps[moved] += 1
             active = moved
         return Values((step * self.unit).cpu(), self.clean.cpu(), loss, steps)
@@ -216,9 +210,7 @@ class _Chunk:
 
     def _rows(self, active: Sequence[int], *, pinned: bool) -> tuple[Batch, Tensor]:
         rows = [
-            (r, k)
-            for k, i in enumerate(active)
-            for r in (self.problems[i].pinned if pinned else self.problems[i].rows)
+            (r, k) for k, i in enumerate(active) for r in (self.problems[i].pinned if pinned else self.problems[i].rows)
         ]
         return batch([r for r, _ in rows], self.lm.pad_id, self.lm.device), torch.tensor(
             [k for _, k in rows], device=self.lm.device
@@ -269,10 +261,7 @@ class _Chunk:
         if base is not None and any(self.problems[i].pinned for i in active):
             pinned, owner = self._rows(active, pinned=True)
             counts = [len(self.problems[i].pinned) for i in range(len(self.problems))]
-            chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(
-                base.device
-            )
+            chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(base.device)
             edited = self._logits(pinned, self._pinned_positions(pinned), add[owner])
             total = total + self.hparams.kl * losses.mean_by(losses.kl(base[chosen], edited), owner, len(active))
         return nll, total
-

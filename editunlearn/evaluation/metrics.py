@@ -1,4 +1,7 @@
-"""Pure functions on texts and counts. Directions: a leak is bad, a refusal of a forgotten fact is good, accuracy on the rest is good."""
+"""Pure functions on texts and counts.
+
+Directions: a leak is bad, a refusal of a forgotten fact is good, accuracy on the rest is good.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ def normalise(text: str) -> str:
 
 
 def leaks(text: str, answers: Iterable[str]) -> bool:
-    """True when an answer (or an alias) stands anywhere in ``text`` as whole words; case, accents and punctuation do not matter.
+    """True when an answer (or an alias) stands anywhere in ``text`` as whole words.
 
+    Case, accents and punctuation do not matter.
     An answer without any letter or digit is looked for as it is.
     """
     words = f" {normalise(text)} "

@@ -1,4 +1,7 @@
-"""What a model says about the facts to forget, their paraphrases, and everything that is to stay. Greedy decoding, no teacher forcing."""
+"""What a model says about the facts to forget, their paraphrases, and everything that is to stay.
+
+All by greedy decoding; nothing is teacher-forced but the probability of the true answer.
+"""
 
 from __future__ import annotations
 

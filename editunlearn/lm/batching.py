@@ -17,11 +17,7 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS, most: int | None = N
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
     for i in order:
-        if (
-            batches
-            and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens
-            and len(batches[-1]) != most
-        ):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens and len(batches[-1]) != most:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -33,9 +29,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
 
 
-def halving(
-    batches: Sequence[Sequence[T]], run: Callable[[Sequence[T]], None], warn: Callable[[str], None]
-) -> None:
+def halving(batches: Sequence[Sequence[T]], run: Callable[[Sequence[T]], None], warn: Callable[[str], None]) -> None:
     """Call ``run`` on each batch; a batch that runs out of memory is halved and tried again.
 
     ``run`` must leave nothing behind when it fails.

@@ -103,9 +103,7 @@ def _folder(root: Path, stem: str, digest: str, dtype: torch.dtype, find: Callab
     with _lock(folder):
         if intact(folder, inputs):  # another process was converting while this one waited
             return folder
-        for left in folder.parent.glob(
-            f".{folder.name}.tmp-*"
-        ):  # by a killed run, as this one holds the lock
+        for left in folder.parent.glob(f".{folder.name}.tmp-*"):  # by a killed run, as this one holds the lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.tmp-gguf-") as scratch:
             model, tokenizer = decode(find(Path(scratch)), dtype)
@@ -158,9 +156,7 @@ def decode(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             tokenizer = read_gemma_tokenizer(file)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        Exception
-    ) as problem:  # a damaged file ends in whatever its parser raises (struct.error, IndexError)
+    except Exception as problem:  # a damaged file ends in whatever its parser raises (struct.error, IndexError)
         first = str(problem).strip().splitlines()[:1] or [type(problem).__name__]
         raise InputError(f"{file}: cannot be decoded: {first[0]}") from problem
     clear_quantisation(model)

@@ -91,9 +91,7 @@ def _tensors(lm: LM) -> Iterator[tuple[str, Tensor]]:
     yield from lm.model.named_parameters()
     every = {name for name, _ in lm.model.named_parameters(remove_duplicate=False)}
     saved = lm.model.state_dict()
-    yield from (
-        (name, tensor) for name, tensor in saved.items() if name not in every and isinstance(tensor, Tensor)
-    )
+    yield from ((name, tensor) for name, tensor in saved.items() if name not in every and isinstance(tensor, Tensor))
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:

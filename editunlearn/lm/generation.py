@@ -18,9 +18,7 @@ PREFIX_SEEDS = ("The", "Therefore", "Because", "I", "You", "Yesterday", "In", "I
 """First words of the prefixes that the model continues (after ROME and MEMIT, with three more)."""
 
 
-def generate(
-    lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 32
-) -> list[str]:
+def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
     """Greedy continuations, without special tokens, each ended by the model itself or after ``max_new_tokens``.
 
     Prompts are sorted by length into left-padded batches; the order of the results is that of ``prompts``.
@@ -35,9 +33,7 @@ def generate(
     return texts
 
 
-def _continue(
-    lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int = 0, seed: int = 0
-) -> list[str]:
+def _continue(lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int = 0, seed: int = 0) -> list[str]:
     from transformers import GenerationConfig
 
     model: Any = lm.model

@@ -179,9 +179,7 @@ def _table() -> dict[str, Layout]:
     norms = {name: norm for norm, names in _POST_NORMS.items() for name in names.split()}
     parallel = set(_ALWAYS_PARALLEL.split())
     return {
-        row.model_type: replace(
-            row, post_mlp_norm=norms.get(row.model_type), parallel=row.model_type in parallel
-        )
+        row.model_type: replace(row, post_mlp_norm=norms.get(row.model_type), parallel=row.model_type in parallel)
         for row in rows
     }
 
@@ -247,9 +245,7 @@ def check_config(config: Any) -> None:
             f"model type {kind!r} is an encoder, a masked language model, not a decoder. {_see_known()}"
         )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
-        raise UnsupportedError(
-            f"model type {kind!r} is no causal language model of transformers. {_see_known()}"
-        )
+        raise UnsupportedError(f"model type {kind!r} is no causal language model of transformers. {_see_known()}")
 
 
 def _moe_message(kind: str, what: str) -> str:

@@ -152,9 +152,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     talk = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
     try:
         text = str(tokenizer.apply_chat_template(talk, tokenize=False))
-    except (
-        Exception
-    ):  # templates raise what they like (jinja errors, missing fields); then EOS is all that is known
+    except Exception:  # templates raise what they like (jinja errors, missing fields); then EOS is all that is known
         return None
     if mark not in text:
         return None
@@ -202,9 +200,7 @@ def load(
     if source.kind in ("demo", "gguf"):
         cache = Path(cache_dir) if cache_dir is not None else None
         stored = wanted or torch.bfloat16
-        folder = (
-            demo_folder(cache) if source.kind == "demo" else gguf_folder(Path(source.place), stored, cache)
-        )
+        folder = demo_folder(cache) if source.kind == "demo" else gguf_folder(Path(source.place), stored, cache)
         reader = Source("path", str(folder))
         options = read_options(reader, None)
     words = _tokenizer(reader, tokenizer, options)
@@ -243,9 +239,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if short == "auto":
         return None
     if short not in _DTYPES:
-        raise InputError(
-            f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}"
-        )
+        raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}")
     return _DTYPES[short]
 
 
@@ -273,9 +267,7 @@ def _device(device_map: str | dict[str, Any] | None) -> torch.device | None:
         raise InputError(
             f"device_map {device_map!r} is neither a device (cpu, cuda, cuda:1, mps) nor 'auto'."
         ) from None
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"device {device_map!r}: there are {torch.cuda.device_count()} CUDA devices here.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps': not available here.")
@@ -304,9 +296,7 @@ def _tokenizer(
             found = AutoTokenizer.from_pretrained(reader_place(source), **options)
         except Exception as problem:  # a damaged file ends in whatever its parser raises
             said = str(explain(source, problem))
-            raise InputError(
-                f"{said} (while reading the tokenizer; name another one with tokenizer=)"
-            ) from problem
+            raise InputError(f"{said} (while reading the tokenizer; name another one with tokenizer=)") from problem
     if not getattr(found, "is_fast", False):
         raise InputError(
             f"the tokenizer {type(found).__name__} is not a fast one (no offset mapping), so subjects cannot "
@@ -325,16 +315,12 @@ def _weights(source: Source, dtype: torch.dtype | None, device_map: Any, options
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        Exception
-    ) as problem:  # a damaged file ends in whatever its parser raises (SafetensorError, KeyError)
+    except Exception as problem:  # a damaged file ends in whatever its parser raises (SafetensorError, KeyError)
         raise explain(source, problem) from problem
     model, info = found
     # transformers fills what a checkpoint lacks with random numbers and a warning; no result would hold.
     lacking = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
     if lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-        raise InputError(
-            f"{source.place}: the checkpoint lacks weights or has them in another shape: {shown}."
-        )
+        raise InputError(f"{source.place}: the checkpoint lacks weights or has them in another shape: {shown}.")
     return model

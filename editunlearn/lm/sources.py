@@ -55,13 +55,9 @@ def resolve_source(name: str | Path) -> Source:
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
                 return Source("gguf", str(path.absolute()))
-        raise InputError(
-            f"{text}: a file that is not GGUF. Give the model's folder, a .gguf file, a hub id or 'demo'."
-        )
+        raise InputError(f"{text}: a file that is not GGUF. Give the model's folder, a .gguf file, a hub id or 'demo'.")
     if text.endswith(".gguf") or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
-        raise InputError(
-            f"{text}: no such file or folder. Give a model folder, a .gguf file, a hub id or 'demo'."
-        )
+        raise InputError(f"{text}: no such file or folder. Give a model folder, a .gguf file, a hub id or 'demo'.")
     if not _HUB_ID.match(text) or ".." in text or "--" in text:
         raise InputError(f"{text!r} is neither an existing path nor a hub id such as 'Qwen/Qwen3-0.6B'.")
     return Source("hub", text)
@@ -71,12 +67,8 @@ def _check_folder(path: Path, text: str) -> None:
     config = path / "config.json"
     if not config.is_file():
         if (path / "adapter_config.json").is_file():
-            raise InputError(
-                f"{text}: a LoRA adapter, not a model (no config.json). Load its base model, or merge it."
-            )
-        raise InputError(
-            f"{text}: no config.json, so this is not a model folder (as save_pretrained writes it)."
-        )
+            raise InputError(f"{text}: a LoRA adapter, not a model (no config.json). Load its base model, or merge it.")
+        raise InputError(f"{text}: no config.json, so this is not a model folder (as save_pretrained writes it).")
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as problem:
@@ -173,9 +165,7 @@ def peek_config(name: str | Path = DEMO, revision: str | None = None, *, source:
 
     try:
         return AutoConfig.from_pretrained(reader_place(source), **options)
-    except (
-        Exception
-    ) as problem:  # a damaged file ends in whatever its parser raises (struct.error, IndexError)
+    except Exception as problem:  # a damaged file ends in whatever its parser raises (struct.error, IndexError)
         raise explain(source, problem) from problem
 
 

@@ -74,9 +74,7 @@ def search(model: nn.Module, hidden: int) -> Found:
     siblings = module(model, stem).named_children()
     norms = [name for name, child in siblings if "norm" in type(child).__name__.lower()]
     names = [name for name, _ in blocks[0].named_children() if "post" in name and "norm" in name]
-    post = [
-        name for name in names if any(word in name for word in ("mlp", "ffn", "feed_forward", "feedforward"))
-    ]
+    post = [name for name in names if any(word in name for word in ("mlp", "ffn", "feed_forward", "feedforward"))]
     return Found(
         blocks=blocks_name,
         mlp_out=mlp_out,
@@ -107,9 +105,7 @@ def _mlp_out(block: nn.Module, hidden: int) -> str | None:
         owner = name.rpartition(".")[0]
         # An MLP has a way in, too: without it this is some other projection.
         way_in = any(
-            width[0] == hidden
-            for other, width in linear.items()
-            if other != name and other.rpartition(".")[0] == owner
+            width[0] == hidden for other, width in linear.items() if other != name and other.rpartition(".")[0] == owner
         )
         if way_in and (best is None or inner >= best[0]):
             best = (inner, name)

@@ -97,9 +97,7 @@ def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") 
     return ids, inside[-1] if subject_token == "last" else inside[0]
 
 
-def _without_eos(
-    lm: LM, ids: list[int], offsets: list[tuple[int, int]]
-) -> tuple[list[int], list[tuple[int, int]]]:
+def _without_eos(lm: LM, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
     """Some tokenizers close every text with EOS; a prompt must stay open."""
     while len(ids) > 1 and ids[-1] in lm.eos_ids and offsets[-1][0] == offsets[-1][1]:
         ids, offsets = ids[:-1], offsets[:-1]
@@ -116,9 +114,7 @@ def encode_target(lm: LM, prompt: Prompt, prompt_ids: Sequence[int], target: str
     end = [lm.end_id]
     if not target:
         return end
-    space = (
-        "" if prompt.templated or not prompt.text or prompt.text[-1].isspace() or target[0].isspace() else " "
-    )
+    space = "" if prompt.templated or not prompt.text or prompt.text[-1].isspace() or target[0].isspace() else " "
     joint = lm.tokenizer(prompt.text + space + target, add_special_tokens=not prompt.templated)["input_ids"]
     joint = [int(i) for i in joint]
     while joint and joint[-1] in lm.eos_ids:
@@ -168,9 +164,7 @@ class Batch:
         }
 
 
-def batch(
-    rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu", *, left: bool = False
-) -> Batch:
+def batch(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu", *, left: bool = False) -> Batch:
     """Pad ``rows`` on one side. Either side gives the same results: masks and positions follow the tokens."""
     width = max(len(r.ids) for r in rows)
     shape = (len(rows), width)

@@ -54,9 +54,7 @@ def read_weight(model: nn.Module, name: str) -> Tensor:
         )
     weight = getattr(child, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        raise UnsupportedError(
-            f"{name} ({type(child).__name__}) has no (out, in) floating-point weight to edit."
-        )
+        raise UnsupportedError(f"{name} ({type(child).__name__}) has no (out, in) floating-point weight to edit.")
     weight = weight.detach()
     return weight.t() if is_conv1d(child) else weight
 

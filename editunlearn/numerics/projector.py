@@ -33,7 +33,5 @@ def protected_basis(moment: Tensor, threshold: float, *, relative: bool = True) 
             f"no null space: all {len(values)} eigenvalues are above the {kind} threshold {threshold}; raise it"
         )
     if removed.shape[1] == 0:
-        raise ValueError(
-            f"nothing protected: all eigenvalues are below the {kind} threshold {threshold}; lower it"
-        )
+        raise ValueError(f"nothing protected: all eigenvalues are below the {kind} threshold {threshold}; lower it")
     return removed
