@@ -119,7 +119,7 @@ class Retain(Piece):
 class NullSpace(Piece):
     """Which directions count as unused by the keys to preserve."""
 
-    threshold: Real = Field(default=0.02, gt=0, description="Directions of C with less energy than this are free.")
+    threshold: Real = Field(default=0.04, gt=0, description="Directions of C with less energy than this are free.")
     relative: bool = Field(default=True, strict=True, description="Measure the threshold against the mean eigenvalue.")
     l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
 
@@ -135,7 +135,7 @@ class Refine(Piece):
 
     steps: Whole = Field(default=40, ge=1, description="Updates of Adam.")
     lr: Real = Field(
-        default=0.02,
+        default=0.04,
         gt=0,
         description="Size of a step, relative to the left factors that would write the whole change.",
     )
