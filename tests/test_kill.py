@@ -22,8 +22,8 @@ from runs import World, build, listing, quietly
 from editunlearn.workspace import Workspace
 
 SETTINGS = [
-    *("context_prefixes.count=2", "batch_tokens=64", "value.steps=40", "value.stop_loss=0"),
-    *("refine.steps=23", "refine.text_length=32", "refine.floor=0", "moments.length=32", "moments.tokens=4000"),
+    *("context_prefixes.count=2", "batch_tokens=64", "value.steps=25", "value.stop_loss=0"),
+    *("refine.steps=13", "refine.text_length=32", "refine.floor=0", "moments.length=32", "moments.tokens=1000"),
 ]
 KILLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.95)
 
@@ -108,21 +108,20 @@ def test_apply(world: World, start: Callable[[list[str]], Any]) -> None:
         _run(start, words(name))
         assert _files(out) == wanted, name
         assert listing(out) == listing(world.root / "whole"), name
-    print(world.root, f"{whole:.1f} s of work; killed with these files there: {sorted(map(sorted, stages))}")
     assert len(stages) >= 3 and sum(killed) >= 8, (stages, killed)
 
 
 def test_stats(world: World, start: Callable[[list[str]], Any]) -> None:
-    sizes = ["--set", "moments.text=general", "--set", "moments.length=16", "--layers", "0", "1", "2"]
+    sizes = ["--set", "moments.text=general", "--set", "moments.length=16", "--set", "moments.tokens=15000"]
 
     def words(name: str) -> list[str]:
         return ["stats", *world.stats_flags(world.root / name, *sizes, "--quiet")]
 
     whole = _run(start, words("stats-whole"))
     wanted = _files(world.root / "stats-whole")
-    assert len(wanted) == 3
+    assert wanted
     partial = 0
-    for share in (0.3, 0.5, 0.7, 0.9):
+    for share in (0.3, 0.6, 0.75, 0.9):
         name = f"stats-{share}"
         _run(start, words(name), share * whole)
         cache = world.root / name

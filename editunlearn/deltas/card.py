@@ -69,6 +69,8 @@ def _base(manifest: Manifest) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
+    if name == "demo":  # ours, made of PyPI packages
+        return False
     return _HUB_ID.fullmatch(name) is not None
 
 

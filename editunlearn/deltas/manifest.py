@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from editunlearn import __version__
 from editunlearn.errors import InputError, StaleError
 
 if TYPE_CHECKING:
@@ -192,13 +193,8 @@ def hash_columns(
 
 def installed_versions() -> dict[str, str]:
     """Versions that a delta was made with."""
-    found = {"python": platform.python_version()}
-    for package in ("editunlearn", "torch", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "unknown"  # a source checkout that was not installed
-    return dict(sorted(found.items()))
+    packages = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return dict(sorted({"editunlearn": __version__, "python": platform.python_version(), **packages}.items()))
 
 
 def check_composable(first: Manifest, second: Manifest, sequential: bool) -> None:
