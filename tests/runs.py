@@ -33,7 +33,14 @@ RETAIN = [
     {"id": "italy", "subject": "Italy", "prompt": "The capital of Italy is", "answer": "Rome"},
 ]
 TEXT = "\n\n".join(["A river runs through the old town; the bridge over it was built in 1783."] * 4)
-QUICK = ["moments.length=32", "context_prefixes.count=1", "value.steps=3", "refine.steps=3", "refine.text_length=32"]
+QUICK = [
+    "layers=[0]",
+    "moments.length=32",
+    "context_prefixes.count=1",
+    "value.steps=3",
+    "refine.steps=3",
+    "refine.text_length=32",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,19 @@ class World:
     def stats_flags(self, cache: Path, *more: str) -> list[str]:
         """Flags of a quick ``stats`` run."""
         text = f"moments.text={self.root / 'text.txt'}"
-        return ["--hparams", "memit", "--model", str(self.model), "--cache-dir", str(cache), "--set", text, *more]
+        return [
+            "--hparams",
+            "memit",
+            "--model",
+            str(self.model),
+            "--cache-dir",
+            str(cache),
+            "--set",
+            text,
+            "--set",
+            "layers=[0]",
+            *more,
+        ]
 
 
 def build(root: Path) -> World:

@@ -17,13 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
-from runs import World, build, listing, quietly
+from runs import World, build, environment, listing, quietly
 
 from editunlearn.workspace import Workspace
 
 SETTINGS = [
-    *("context_prefixes.count=2", "batch_tokens=64", "value.steps=25", "value.stop_loss=0"),
-    *("refine.steps=13", "refine.text_length=32", "refine.floor=0", "moments.length=32", "moments.tokens=1000"),
+    *("context_prefixes.count=2", "batch_tokens=64", "value.steps=40", "value.stop_loss=0"),
+    *("refine.steps=23", "refine.text_length=32", "refine.floor=0", "moments.length=32", "moments.tokens=1000"),
 ]
 KILLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.95)
 
@@ -38,8 +38,9 @@ def start() -> Iterator[Callable[[list[str]], Any]]:
     """Starts a command in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["runs", "editunlearn.apply", "editunlearn.pipeline", "editunlearn.editors.flow"])
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    before = dict(os.environ)
+    os.environ.update(environment())
+    os.environ["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"  # a fork server finds nothing to load without
 
     def launch(words: list[str]) -> Any:
         process = context.Process(target=quietly, args=(words,))
@@ -47,8 +48,8 @@ def start() -> Iterator[Callable[[list[str]], Any]]:
         return process
 
     yield launch
-    if threads is None:
-        del os.environ["OMP_NUM_THREADS"]
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def _run(
@@ -112,7 +113,7 @@ def test_apply(world: World, start: Callable[[list[str]], Any]) -> None:
 
 
 def test_stats(world: World, start: Callable[[list[str]], Any]) -> None:
-    sizes = ["--set", "moments.text=general", "--set", "moments.length=16", "--set", "moments.tokens=15000"]
+    sizes = ["--set", "moments.text=general", "--set", "moments.length=8", "--set", "moments.tokens=60000"]
 
     def words(name: str) -> list[str]:
         return ["stats", *world.stats_flags(world.root / name, *sizes, "--quiet")]
@@ -121,7 +122,7 @@ def test_stats(world: World, start: Callable[[list[str]], Any]) -> None:
     wanted = _files(world.root / "stats-whole")
     assert wanted
     partial = 0
-    for share in (0.3, 0.6, 0.75, 0.9):
+    for share in (0.4, 0.6, 0.8):
         name = f"stats-{share}"
         _run(start, words(name), share * whole)
         cache = world.root / name
