@@ -67,7 +67,7 @@ def settings(method: str, text: str, *set_: str, layers: Sequence[int] = (0, 1))
         "value": {"steps": 6, "lr": 0.5},
         "moments": {"text": text, "tokens": 800, "length": 32, "weight": 5.0},
         "retain": {"weight": 1.0},
-        "refine": {"steps": 2, "lr": 0.3, "kl": 1.0, "text_kl": 1.0, "text_batch": 1, "text_length": 16},
+        "refine": {"steps": 6, "lr": 0.3, "kl": 1.0, "text_kl": 1.0, "text_batch": 1, "text_length": 16},
     }
     if method == "alphaedit":
         source["nullspace"] = {"threshold": 0.9, "l2": 0.1}
@@ -114,7 +114,7 @@ def test_matrix(method: str, kind: str, text: str) -> None:
 
     plain = nll(lm, asked.facts)
     with pytest.raises(KeyError), delta.applied(lm):
-        assert nll(lm, asked.facts) < plain - 0.001
+        assert nll(lm, asked.facts) < plain - 0.01
         raise KeyError
     assert_same(lm.model, before)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from editunlearn.editors.closed_form import SiteProblem
 
 DEFAULT_LAYERS = (0.18,)
-"""Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last (benchmarks/tune.py)."""
+"""Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last."""
 
 
 class HParams(EditorHParams):

@@ -14,7 +14,7 @@ from editunlearn.facts.refusals import load_refusals
 
 DEFAULT_TARGETS = "refusal:I don't know."
 """One text for all facts. A refusal chosen per fact reads less uniform, but every fact then needs a direction of its
-own, and that costs refusals and other knowledge (benchmarks/results/quality.md)."""
+own, which is harder to write without harm to others."""
 SPECS = ("refusal", "refusal:TEXT", "empty", "random", "counterfactual")
 
 
