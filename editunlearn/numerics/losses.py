@@ -17,8 +17,8 @@ ROW_ELEMENTS = 1 << 22
 
 
 FLOOR = -60.0
-"""Log-probabilities below this count as this (e^-60 is 1e-26). Smaller ones turn into denormal numbers, on which a processor
-is many times slower."""
+"""Log-probabilities below this count as this (e^-60 is 1e-26). Smaller ones turn into denormal numbers, on which a
+processor is many times slower."""
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
