@@ -89,6 +89,9 @@ class Value(Piece):
         description="Measure it at the end of retain prompts that are given the fact's subject, "
         "or as published at the last token of the subject, before its relation is known.",
     )
+    contexts: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        default=None, description="Contexts a value is optimised in, the bare prompt first; null for all."
+    )
     stop_loss: Real = Field(default=0.05, ge=0, description="A fact is done when its loss falls below this.")
     spread: Literal["joint", "residual"] = Field(
         default="joint",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tiny
 import torch
 
 from editunlearn.editors.column_adam import ColumnAdam
-from editunlearn.editors.refine import drift_energy, step_unit
+from editunlearn.editors.refine import _forget, drift_energy, low_rank_hook, step_units
+from editunlearn.hparams import Refine
+from editunlearn.lm.hooks import on_output
+from editunlearn.lm.tokens import Row
 from editunlearn.numerics.losses import first_of
 
 
@@ -13,13 +17,11 @@ def test_a_column_moves_along_its_gradient() -> None:
     left = {"m": torch.zeros(4, 2)}
     gradient = torch.tensor([[3.0, 0.01], [0.0, 0.0], [-4.0, 0.02], [0.0, 0.0]])
     left["m"].grad = gradient.clone()
-    ColumnAdam(left, {"m": 0.5}).step(1.0)
-    for column in range(2):
+    ColumnAdam(left, {"m": torch.tensor([0.5, 2.0])}).step(1.0)
+    for column, size in enumerate((0.5, 2.0)):
         moved, wanted = -left["m"][:, column], gradient[:, column]
         torch.testing.assert_close(moved / moved.norm(), wanted / wanted.norm())
-        assert (
-            abs(float(moved.square().mean().sqrt()) - 0.5) < 1e-5
-        )  # the size of a step does not depend on the gradient's
+        assert abs(float(moved.square().mean().sqrt()) - size) < 1e-5  # whatever the size of the gradient
 
 
 def test_resumed_steps_equal_uninterrupted_ones() -> None:
@@ -27,14 +29,14 @@ def test_resumed_steps_equal_uninterrupted_ones() -> None:
         return torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
 
     straight = {"m": torch.ones(5, 3)}
-    optimiser = ColumnAdam(straight, {"m": 0.1})
+    optimiser = ColumnAdam(straight, {"m": torch.full((3,), 0.1)})
     for step in range(6):
         if step == 3:
             kept = {name: value.clone() for name, value in optimiser.state().items()}
         straight["m"].grad = gradient(step)
         optimiser.step(1.0)
     resumed = {"m": torch.zeros(5, 3)}
-    again = ColumnAdam(resumed, {"m": 0.1})
+    again = ColumnAdam(resumed, {"m": torch.full((3,), 0.1)})
     again.load(kept)
     for step in range(again.count, 6):
         resumed["m"].grad = gradient(step)
@@ -56,10 +58,40 @@ def test_drift_is_the_relative_change_of_outputs_to_keep() -> None:
     torch.testing.assert_close(((left @ energy) * left).sum(), wanted, rtol=1e-5, atol=0)
 
 
-def test_a_step_is_measured_in_the_whole_change() -> None:
-    left, keys = torch.full((3, 2), 2.0), torch.eye(2)
-    assert step_unit(left, 0.1 * torch.eye(2), keys) == 2.0 / float(torch.tensor(0.1))
-    assert step_unit(left, torch.eye(2), keys) == 2.0
+def test_a_step_is_measured_in_the_whole_change_of_each_fact() -> None:
+    left, keys = torch.tensor([[2.0, 3.0], [-2.0, 3.0]]), torch.eye(2)
+    torch.testing.assert_close(step_units(left, torch.diag(torch.tensor([0.1, 0.5])), keys), torch.tensor([20.0, 6.0]))
+    torch.testing.assert_close(step_units(left, 2 * torch.eye(2), keys), torch.tensor([2.0, 3.0]))
+    torch.testing.assert_close(step_units(left, torch.zeros(2, 2), keys), torch.tensor([2000.0, 3000.0]))
+
+
+def test_rows_count_by_what_they_still_lack() -> None:
+    lm, hp = tiny.lm("llama"), Refine(floor=4.0, batch_tokens=12)
+    name = lm.layout.site(1).name
+    d_out, d_in = lm.layout.read_weight(lm.model, name).shape
+    random = torch.Generator().manual_seed(0)
+    right = torch.randn(2, d_in, generator=random)
+    left = (0.01 * torch.randn(d_out, 2, generator=random)).requires_grad_(True)
+    facts = [[Row((5, 6, 7, 8, 9), 1, 3), Row((3, 4, 5, 6, 7, 8), 2, 5)], [Row((9, 8, 7, 6), 1, 3)]]
+
+    def losses_of(rows: list[Row]) -> torch.Tensor:
+        found = []
+        for row in rows:
+            token = -lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            at = torch.arange(row.prompt_length, len(row.ids))
+            nll = token[at - 1, torch.tensor(row.ids)[at]]
+            found.append(nll.mean() + nll[0])
+        return torch.stack(found)
+
+    with on_output(lm.layout.module(lm.model, name), low_rank_hook(left, right)):
+        loss = losses_of([row for fact in facts for row in fact])
+        share = torch.tensor([0.25, 0.25, 0.5])
+        excess = (loss.detach() - hp.floor).clamp(min=0)
+        (loss * share * excess / (share @ excess)).sum().backward()
+        wanted, left.grad = left.grad, None
+        assert abs(_forget(lm, facts, {name: left}, hp) - float(share @ loss.detach())) < 1e-4
+    assert wanted is not None
+    torch.testing.assert_close(left.grad, wanted, rtol=1e-3, atol=1e-7)
 
 
 def test_first_of_each_run() -> None:

@@ -20,10 +20,10 @@ class ColumnAdam:
 
     Args:
         left: the tensors to change in place, by name; their ``grad`` is read.
-        sizes: root mean square of a column's step at rate 1, by name.
+        sizes: root mean square of each column's step at rate 1, (n,), by name.
     """
 
-    def __init__(self, left: Mapping[str, Tensor], sizes: Mapping[str, float]) -> None:
+    def __init__(self, left: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> None:
         self.left, self.sizes, self.count = left, sizes, 0
         self.first = {name: torch.zeros_like(value) for name, value in left.items()}
         self.second = {name: torch.zeros_like(value[:1]) for name, value in left.items()}

@@ -105,7 +105,7 @@ def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fac
             texts = [_swapped(k, fact.subject) for k in _nth(keep, number)] if hp.value.kl_on == "prompts" else []
             for text, start in texts or [(f"{fact.subject} is a", 0)]:
                 pinned.append(encode(lm, wrap(lm, text, (start, start + len(fact.subject)), question=False)))
-        found.append(Problem(tuple(targets), tuple(pinned)))
+        found.append(Problem(tuple(targets[: hp.value.contexts]), tuple(pinned)))
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from editunlearn.editors import contexts, keys, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem
 from editunlearn.editors.past import PastKeys
-from editunlearn.editors.refine import Goals, drift_energy, low_rank_hook, refine, step_unit
+from editunlearn.editors.refine import Goals, drift_energy, low_rank_hook, refine, step_units
 from editunlearn.editors.statistics import windows
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
@@ -194,7 +194,7 @@ class Flow:
                 factors,
                 goals,
                 hp,
-                units={name: step_unit(*pair, solved[name].keys) for name, pair in factors.items()},
+                units={name: step_units(*pair, solved[name].keys) for name, pair in factors.items()},
                 energy={name: self._energy(name, pair[1], solved[name]) for name, pair in factors.items()},
                 seed=self.hp.seed,
                 work=self.work,

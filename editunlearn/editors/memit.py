@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from editunlearn.editors.closed_form import SiteProblem
 
-DEFAULT_LAYERS = (0.06, 0.12, 0.18, 0.24, 0.3, 0.34)
+DEFAULT_LAYERS = (0.06, 0.12, 0.18, 0.24)
 """Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last."""
 
 

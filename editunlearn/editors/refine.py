@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,18 +35,22 @@ if TYPE_CHECKING:
 CHECKPOINT = 5
 """Steps between two states that an interrupted run can go on from."""
 
+LEAST_ANSWER = 1e-3
+"""A recogniser's answer to its own key counts as at least this, so that a dead one does not take endless steps."""
 
-def step_unit(left: Tensor, right: Tensor, keys: Tensor) -> float:
-    """Mean absolute left factor that would write the whole change.
 
-    A recogniser that preserves much answers less than 1 to its own key, so that its left factor has to grow by the
-    inverse of that answer.
+def step_units(left: Tensor, right: Tensor, keys: Tensor) -> Tensor:
+    """By fact, the mean absolute left factor that would write its whole change, (n,).
+
+    A recogniser answers less than 1 to its own key, the less the more there is to preserve around it (a hundredth for a
+    country's name, a fifth for a rare person's), and its left factor has to grow by the inverse of that answer. Steps in
+    this unit move all facts equally.
 
     Args:
         left: (d_out, n). right: (n, d_in). keys: (n, d_in), of the same facts.
     """
-    answer = float((right * keys).sum(-1).mean())
-    return float(left.abs().mean()) / min(1.0, max(answer, 1e-3))
+    answer = (right * keys).sum(-1)
+    return left.abs().mean(0) / answer.clamp(LEAST_ANSWER, 1.0)
 
 
 def drift_energy(right: Tensor, weight: Tensor, moment: Tensor | None, retain: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def refine(
     goals: Goals,
     hp: Refine,
     *,
-    units: dict[str, float],
+    units: dict[str, Tensor],
     energy: dict[str, Tensor],
     seed: int = 0,
     work: Workspace | None = None,
@@ -110,12 +114,12 @@ def refine(
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
-    Loss: NLL of the targets (a fact at or below ``hp.floor`` no longer counts) + ``hp.kl`` * mean KL on retain prompts
-    + ``hp.text_kl`` * mean KL on text. Adam on all left factors, in steps of ``hp.lr`` times the module's unit, cosine
-    decay.
+    Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
+    facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text. Adam
+    on all left factors, in steps of ``hp.lr`` times the fact's unit, cosine decay.
 
     Args:
-        units: by module, what a step is measured in: see :func:`step_unit`.
+        units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
         energy: by module, (n, n): see :func:`drift_energy`.
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
@@ -146,7 +150,7 @@ def refine(
             continue
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / hp.steps))
         with change():
-            nll = _forget(lm, batch_of_step[0], hp)
+            nll = _forget(lm, batch_of_step[0], left, hp)
         kept = retain.loss(change, batch_of_step[1], hp.kl, hp)
         text = generic.loss(change, batch_of_step[2], hp.text_kl, hp)
         drift = _drift(left, energy, hp.drift)
@@ -201,20 +205,29 @@ class _Draw:
         return self._next("text", len(self.goals.text), self.hp.text_batch)
 
 
-def _forget(lm: LM, facts: Sequence[Sequence[Row]], hp: Refine) -> float:
-    """NLL of the targets, mean over tokens plus that of the first; its gradient is added to the left factors.
+def _forget(lm: LM, facts: Sequence[Sequence[Row]], left: Mapping[str, Tensor], hp: Refine) -> float:
+    """NLL of the targets, mean over tokens plus that of the first; its weighted gradient is put on the left factors.
 
-    The first token decides whether greedy decoding enters the refusal at all, and the ones after it follow easily.
+    The first token decides whether greedy decoding enters the refusal at all, and the ones after it follow easily. A
+    row's weight is its excess over the floor relative to the mean excess: most facts are done long before the last, and
+    what counts is that none is left.
     """
     rows = [(row, i) for i, fact in enumerate(facts) for row in fact]
     weight = torch.tensor([1 / (len(facts[i]) * len(facts)) for _, i in rows], device=lm.device)
-    total = 0.0
+    total = mean_excess = 0.0
     for part in by_length([len(r.ids) for r, _ in rows], hp.batch_tokens):
         padded = batch([rows[i][0] for i in part], lm.pad_id, lm.device)
         token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
         nll = losses.mean_by(token, padded.owners, len(part)) + token[losses.first_of(padded.owners)]
-        ((nll - hp.floor).clamp(min=0) * weight[part]).sum().backward()  # type: ignore[no-untyped-call]
+        excess = (nll - hp.floor).clamp(min=0)
+        # the gradient of half the square is the excess times the gradient; the mean is known after the last part
+        (0.5 * excess.square() * weight[part]).sum().backward()  # type: ignore[no-untyped-call]
         total += float((nll.detach() * weight[part]).sum())
+        mean_excess += float((excess.detach() * weight[part]).sum())
+    if mean_excess > 0:
+        for value in left.values():
+            if value.grad is not None:
+                value.grad /= mean_excess
     return total
 
 
