@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 # Numbers that PyYAML (YAML 1.1) leaves as text although everybody else reads floats: 5e-1, 1e-3, 1.5e4.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
@@ -126,12 +126,6 @@ class NullSpace(Piece):
     relative: bool = Field(default=True, strict=True, description="Measure the threshold against the mean eigenvalue.")
     l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
 
-    @model_validator(mode="after")
-    def _relative_is_a_fraction(self) -> NullSpace:
-        if self.relative and self.threshold >= 1:
-            raise ValueError(f"nullspace.threshold is {self.threshold:g}; with relative: true it must be below 1.")
-        return self
-
 
 class Refine(Piece):
     """Training of the left factors after the closed form, on what is wanted; the right factors stay."""
@@ -144,9 +138,6 @@ class Refine(Piece):
     )
     kl: Real = Field(default=40.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
     text_kl: Real = Field(default=40.0, ge=0, description="Weight of the KL divergence on generic text.")
-    drift: Real = Field(
-        default=0.0, ge=0, description="Weight of the mean relative change of the site's output over all keys to keep."
-    )
     floor: Real = Field(default=0.1, ge=0, description="A target whose loss is at or below this no longer counts.")
     forget_batch: Whole = Field(default=20, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")

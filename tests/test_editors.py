@@ -286,6 +286,19 @@ def test_the_pinned_fact_may_be_done_first(text: str) -> None:
     assert together.steps.tolist() == [0, 6] and relative(together.change[1], alone.change[0]) < 1e-3
 
 
+def test_prompts_about_others_differ_by_the_name_alone(text: str) -> None:
+    lm, hp = tiny.lm("llama"), settings("memit", text)
+    forget, others = request((0, 1)).facts, [fact(i) for i in (0, 3, 4, 5)]
+    rows = contexts.swapped_rows(lm, forget, others, hp)
+    assert len(rows) == 2 * 3  # Japan is forgotten, so its name is no other
+    written = [lm.tokenizer.decode(row.ids[: row.prompt_length], skip_special_tokens=True) for row in rows]
+    assert all(row.prompt_length == len(row.ids) - 1 for row in rows)  # the prompt's last token is scored, no other
+    for text_of_row, start in zip(written, ("The capital of", "The mother tongue of") * 3, strict=True):
+        assert text_of_row.startswith(start) and text_of_row.endswith(" is")
+    assert {w.split()[-2] for w in written} == {"bridge", "author", "birds"}
+    assert contexts.swapped_rows(lm, forget, forget, hp) == []
+
+
 # --- resuming, seeds, caches
 
 
@@ -387,12 +400,18 @@ def test_the_same_seed_gives_the_same_delta(text: str) -> None:
 def test_a_pool_is_gone_through_before_anything_comes_twice(text: str) -> None:
     hp = load_hparams("memit", set=["refine.retain_batch=3"]).refine
     assert hp is not None
-    draw = refine._Draw(refine.Goals([], [None] * 7, []), hp, 0)  # type: ignore[list-item]
+    draw = refine._Draw(refine.Goals([], [[], [None] * 7], []), hp, 0)  # type: ignore[list-item]
     drawn = [draw.retain() for _ in range(20)]
     assert all(len(d) == 3 for d in drawn)
     flat = [i for d in drawn for i in d]
     assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, 56, 7))
     assert draw.forget() == [] and draw.text() == []
+    several = refine._Draw(refine.Goals([], [[None] * 9, [None], [None] * 9], []), hp, 0)  # type: ignore[list-item]
+    for _ in range(9):
+        first, only, last = several.retain()
+        assert first < 9 and only == 9 and 10 <= last < 19
+    few = refine._Draw(refine.Goals([], [[None], [None] * 9], []), hp, 0)  # type: ignore[list-item]
+    assert [i == 0 for i in few.retain()] == [True, False, False]  # the larger pool makes up for the smaller one
 
 
 def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -192,7 +192,7 @@ def test_a_long_value_is_cut() -> None:
 
 def test_method_rules() -> None:
     assert "null space" in problem("alphaedit", set=["moments.text=none"])
-    assert "below 1" in problem("alphaedit", set=["nullspace.threshold=2"])
+    assert "must be a number above 0" in problem("alphaedit", set=["nullspace.threshold=0"])
     assert load_hparams("alphaedit", set=["nullspace.threshold=2", "nullspace.relative=false"])
     assert load_hparams("memit", set=["moments.text=none"]).moments.text == "none"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
     from editunlearn.hparams import ContextPrefixes, EditorHParams
     from editunlearn.lm.loading import LM
+
+SWAPS = 12
+"""Other subjects that each forgotten fact's prompt is kept for."""
 
 PINNED = 3
 """Prompts per fact on which its value keeps the next-token distribution, when ``value.kl`` is not 0."""
@@ -90,6 +94,25 @@ def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: EditorH
 def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool) -> list[Row]:
     """Rows of facts to keep: the bare prompt, with the true answer behind it if ``answers``."""
     return [encode(lm, prompt_of(lm, f), f.answer if answers else None, hp.subject_token) for f in facts]
+
+
+def swapped_rows(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: EditorHParams) -> list[Row]:
+    """The prompts of ``facts`` with subjects of ``others`` in the place of their own, scored at the last token.
+
+    What is forgotten about one subject must not be lost for all: these prompts share every word with a forgotten fact
+    but the name.
+    """
+    names = sorted({f.subject for f in others} - {f.subject for f in facts})
+    random.Random(hp.seed).shuffle(names)
+    rows = []
+    for number in range(min(SWAPS, len(names)) * len(facts)):
+        fact = facts[number % len(facts)]
+        text, start = _swapped(fact, subject := names[number % len(names)])
+        prompt = wrap(lm, text, (start, start + len(subject)), question=fact.is_question)
+        row = encode(lm, prompt, None, hp.subject_token)
+        # any token behind the prompt makes its last position a scored one
+        rows.append(replace(row, ids=(*row.ids, row.ids[-1])))
+    return rows
 
 
 def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams) -> list[Problem]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from editunlearn.editors import contexts, keys, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem
 from editunlearn.editors.past import PastKeys
-from editunlearn.editors.refine import Goals, drift_energy, low_rank_hook, refine, step_units
+from editunlearn.editors.refine import Goals, low_rank_hook, refine, step_units
 from editunlearn.editors.statistics import windows
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
@@ -181,12 +181,12 @@ class Flow:
         text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
         budget = hp.text_length * hp.text_batch * hp.steps
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
-        goals = Goals(rows.targets, contexts.keep_rows(self.lm, keep, self.hp, answers=True), pieces)
+        goals = Goals(rows.targets, self._prompts_to_keep(keep), pieces)
         with self.console.progress(hp.steps, "refine (steps)") as bar:
 
-            def report(step: int, nll: float, kept: float, generic: float, drift: float) -> None:
+            def report(step: int, nll: float, kept: float, generic: float) -> None:
                 bar.update(1)
-                losses = f"NLL {nll:.3f}, KL retain {kept:.4f}, KL text {generic:.4f}, drift {drift:.5f}"
+                losses = f"NLL {nll:.3f}, KL retain {kept:.4f}, KL text {generic:.4f}"
                 self.console.detail(f"refine {step + 1}: {losses}", level=2)
 
             left = refine(
@@ -195,7 +195,6 @@ class Flow:
                 goals,
                 hp,
                 units={name: step_units(*pair, solved[name].keys) for name, pair in factors.items()},
-                energy={name: self._energy(name, pair[1], solved[name]) for name, pair in factors.items()},
                 seed=self.hp.seed,
                 work=self.work,
                 report=report,
@@ -203,9 +202,12 @@ class Flow:
             )
         return {name: (left[name], pair[1]) for name, pair in factors.items()}
 
-    def _energy(self, name: str, right: Tensor, problem: SiteProblem) -> Tensor:
-        weight = self.lm.layout.read_weight(self.lm.model, name)
-        return drift_energy(right, weight, problem.moment, torch.cat([problem.retain, problem.past]))
+    def _prompts_to_keep(self, keep: list[Fact]) -> list[list[Row]]:
+        """Pools: what the user retains, the forgotten facts' prompts about other subjects, what else is known."""
+        own = len(self.request.retain)
+        known = contexts.keep_rows(self.lm, keep, self.hp, answers=True)
+        others = contexts.swapped_rows(self.lm, self.request.facts, [*keep, *self.request.names], self.hp)
+        return [known[:own], others, known[own:]]
 
 
 def applied(lm: LM, factors: dict[str, Pair]) -> Any:

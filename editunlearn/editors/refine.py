@@ -42,9 +42,9 @@ LEAST_ANSWER = 1e-3
 def step_units(left: Tensor, right: Tensor, keys: Tensor) -> Tensor:
     """By fact, the mean absolute left factor that would write its whole change, (n,).
 
-    A recogniser answers less than 1 to its own key, the less the more there is to preserve around it (a hundredth for a
-    country's name, a fifth for a rare person's), and its left factor has to grow by the inverse of that answer. Steps in
-    this unit move all facts equally.
+    A recogniser answers less than 1 to its own key: the less, the more there is to preserve around it, a country's name
+    ten times less than a rare person's. Its left factor has to grow by the inverse of that answer. Steps in this unit
+    move all facts equally.
 
     Args:
         left: (d_out, n). right: (n, d_in). keys: (n, d_in), of the same facts.
@@ -53,40 +53,18 @@ def step_units(left: Tensor, right: Tensor, keys: Tensor) -> Tensor:
     return left.abs().mean(0) / answer.clamp(LEAST_ANSWER, 1.0)
 
 
-def drift_energy(right: Tensor, weight: Tensor, moment: Tensor | None, retain: Tensor) -> Tensor:
-    """``G`` (n, n) with ``trace(left G left^T)`` = how much the edit changes the site's output where it should not.
-
-    The mean square of the change over generic text (through the second moment) plus that over the keys to keep, each
-    relative to the mean square of the unedited output there. Unlike a batch of KL it covers all of them at every step,
-    and has no noise.
-
-    Args:
-        right: (n, d_in). weight: (d_out, d_in). moment: (d_in, d_in) or None. retain: (m, d_in), m may be 0.
-    """
-    rows, weight = right.double(), weight.double().cpu()
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    if moment is not None:
-        wide = moment.double()
-        total += rows @ wide @ rows.T / ((weight @ wide) * weight).sum()
-    if len(retain):
-        keys = retain.double()
-        answers = rows @ keys.T
-        total += answers @ answers.T / (keys @ weight.T).square().sum()
-    return total.float()
-
-
 @dataclass(frozen=True)
 class Goals:
     """What refine trains on.
 
     Attributes:
         forget: prompt with target for each fact and context, the bare prompt first.
-        retain: prompts to keep, scored where ``keep_rows`` says.
+        retain: pools of prompts to keep, scored where their rows say; each step takes as many from one as from another.
         text: windows of generic text, all positions scored.
     """
 
     forget: Sequence[Sequence[Row]]
-    retain: Sequence[Row]
+    retain: Sequence[Sequence[Row]]
     text: Sequence[Row]
 
 
@@ -106,24 +84,22 @@ def refine(
     hp: Refine,
     *,
     units: dict[str, Tensor],
-    energy: dict[str, Tensor],
     seed: int = 0,
     work: Workspace | None = None,
     already: Callable[[int], None] = lambda _: None,
-    report: Callable[[int, float, float, float, float], None] = lambda *_: None,
+    report: Callable[[int, float, float, float], None] = lambda *_: None,
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
     Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
-    facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text. Adam
-    on all left factors, in steps of ``hp.lr`` times the fact's unit, cosine decay.
+    facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
+    Adam on all left factors, in steps of ``hp.lr`` times the fact's unit, cosine decay.
 
     Args:
         units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
-        energy: by module, (n, n): see :func:`drift_energy`.
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
-        report: called with (step, NLL, retain KL, text KL, drift) after every step.
+        report: called with (step, NLL, retain KL, text KL) after every step.
 
     Raises:
         NumericalError: a loss that is not finite.
@@ -132,7 +108,7 @@ def refine(
     right = {name: pair[1].to(lm.device) for name, pair in factors.items()}
     optimiser = ColumnAdam(left, units)
     draw = _Draw(goals, hp, seed)
-    retain, generic = _Keep(lm, goals.retain), _Keep(lm, goals.text)
+    retain, generic = _Keep(lm, [row for pool in goals.retain for row in pool]), _Keep(lm, goals.text)
 
     def change() -> AbstractContextManager[None]:
         hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
@@ -153,22 +129,13 @@ def refine(
             nll = _forget(lm, batch_of_step[0], left, hp)
         kept = retain.loss(change, batch_of_step[1], hp.kl, hp)
         text = generic.loss(change, batch_of_step[2], hp.text_kl, hp)
-        drift = _drift(left, energy, hp.drift)
-        if not all(map(math.isfinite, (nll, kept, text, drift))):
+        if not all(map(math.isfinite, (nll, kept, text))):
             raise NumericalError(f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr")
         optimiser.step(hp.lr * decay)
         if work is not None and (step + 1) % CHECKPOINT == 0:
             work.put("refine", optimiser.state())
-        report(step, nll, kept, text, drift)
+        report(step, nll, kept, text)
     return {name: value.detach().cpu() for name, value in left.items()}
-
-
-def _drift(left: dict[str, Tensor], energy: dict[str, Tensor], strength: float) -> float:
-    """Mean over the modules of ``trace(left energy left^T)``; adds ``strength`` times its gradient."""
-    total = torch.stack([((value @ energy[name]) * value).sum() for name, value in left.items()]).mean()
-    if strength > 0:
-        (strength * total).backward()  # type: ignore[no-untyped-call]
-    return float(total.detach())
 
 
 class _Draw:
@@ -197,8 +164,16 @@ class _Draw:
         return chosen
 
     def retain(self) -> list[int]:
-        """Numbers of the prompts to keep."""
-        return self._next("retain", len(self.goals.retain), self.hp.retain_batch)
+        """Numbers of the prompts to keep, counted through all pools."""
+        chosen: list[int] = []
+        start, left = 0, self.hp.retain_batch
+        pools = [pool for pool in self.goals.retain if pool]
+        for number, pool in enumerate(pools):
+            share = -(-left // (len(pools) - number))
+            part = self._next(f"retain {number}", len(pool), share)
+            chosen += [start + i for i in part]
+            start, left = start + len(pool), left - len(part)
+        return chosen
 
     def text(self) -> list[int]:
         """Numbers of the text windows."""
