@@ -63,11 +63,12 @@ def work(
     targets = tokens_of(f.target or "" for f in facts)
     contexts = hp.context_prefixes.count + 1
     rows = contexts * (asked + targets) + len(facts) * hp.context_prefixes.count * hp.context_prefixes.tokens
+    seen = min(1.0, (hp.value.contexts or contexts) / contexts)
     pinned = 3 * asked if hp.value.kl > 0 else 0
     stages = {
         "general facts, once per model": cost(tokens_of(f.prompt + f.answer for f in general), 2 * len(general)),
         "second moments, once per model": depth * cost(min(hp.moments.tokens, _most(hp)), 0),
-        "values, at most": 2 * hp.value.steps * cost(rows + pinned, contexts * targets + pinned / 8),
+        "values, at most": 2 * hp.value.steps * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
         "refine": _refine(cost, hp, rows / max(1, len(facts) * contexts), targets / max(1, len(facts)), len(facts)),
     }
     prompts = [p for f in facts for p in (f.prompt, f.prompt, *f.paraphrases, *(n.prompt for n in f.neighbors))]
@@ -94,7 +95,7 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
     forget = min(facts, r.forget_batch) * r.contexts
     keep, text = r.retain_batch * 2, r.text_batch * r.text_length
     trained = 2 * cost(forget * row + r.retain_batch * 16 + text, forget * target + keep + text)
-    return r.steps * (trained + (keep + text) * cost.logits)
+    return r.steps_for(facts) * (trained + (keep + text) * cost.logits)
 
 
 def memory(model: Any, hp: EditorHParams, dtype: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:

@@ -42,8 +42,19 @@ def _layers(value: Any) -> Any:
     return layers
 
 
+def _steps(value: Any) -> Any:
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError(f"refine.steps is {value!r}; it must be auto, or a whole number of at least 1.")
+    return value
+
+
 Real = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_number)]
 Whole = Annotated[int, Strict()]
+Steps = Annotated[
+    Literal["auto"] | int,
+    BeforeValidator(_steps),
+    Field(json_schema_extra={"allowed": "auto, or a whole number of at least 1"}),
+]
 Layers = Annotated[
     Literal["auto"] | list[int | float],
     BeforeValidator(_layers),
@@ -127,10 +138,17 @@ class NullSpace(Piece):
     l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
 
 
+PASSES = 40
+"""Times that refine sees every fact when its steps are ``auto``."""
+
+
 class Refine(Piece):
     """Training of the left factors after the closed form, on what is wanted; the right factors stay."""
 
-    steps: Whole = Field(default=40, ge=1, description="Updates of Adam.")
+    steps: Steps = Field(
+        default="auto",
+        description=f"Updates of Adam; auto: {PASSES} or more, so that every fact is seen {PASSES} times.",
+    )
     lr: Real = Field(
         default=0.04,
         gt=0,
@@ -147,6 +165,12 @@ class Refine(Piece):
     batch_tokens: Whole = Field(
         default=1024, ge=1, description="Tokens in memory at a time; changes memory, not results."
     )
+
+    def steps_for(self, facts: int) -> int:
+        """Updates for that many facts to forget."""
+        if self.steps == "auto":
+            return max(PASSES, -(-PASSES * facts // self.forget_batch))
+        return self.steps
 
 
 class EditorHParams(Piece):

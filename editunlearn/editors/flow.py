@@ -125,7 +125,7 @@ class Flow:
         self.work.put("values", vars(found))
         store.clear()
         hard = [f.id for f, loss in zip(self.request.facts, found.loss.tolist(), strict=True) if loss > 2]
-        if hard:
+        if hard and self.hp.refine is None:  # refine trains them further
             self.console.warn(
                 f"{len(hard)} of {len(problems)} values did not converge (loss above 2), first {hard[0]!r}; "
                 "try more value.steps"
@@ -179,10 +179,11 @@ class Flow:
         hp = self.hp.refine
         assert hp is not None  # noqa: S101 - the caller checked
         text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
-        budget = hp.text_length * hp.text_batch * hp.steps
+        steps = hp.steps_for(len(self.request.facts))
+        budget = hp.text_length * hp.text_batch * steps
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
         goals = Goals(rows.targets, self._prompts_to_keep(keep), pieces)
-        with self.console.progress(hp.steps, "refine (steps)") as bar:
+        with self.console.progress(steps, "refine (steps)") as bar:
 
             def report(step: int, nll: float, kept: float, generic: float) -> None:
                 bar.update(1)

@@ -118,13 +118,14 @@ def refine(
         optimiser.load(kept_state)
     start = optimiser.count
     already(start)
-    for step in range(hp.steps):
+    steps = hp.steps_for(len(goals.forget))
+    for step in range(steps):
         batch_of_step = draw.forget(), draw.retain(), draw.text()
         if step < start:
             retain.remember(batch_of_step[1], hp)
             generic.remember(batch_of_step[2], hp)
             continue
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / hp.steps))
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         with change():
             nll = _forget(lm, batch_of_step[0], left, hp)
         kept = retain.loss(change, batch_of_step[1], hp.kl, hp)
