@@ -698,10 +698,12 @@ def test_problems_are_told_before_or_with_the_site(text: str) -> None:
 
 
 def test_values_that_do_not_converge_are_named(text: str) -> None:
-    console = Console(quiet=True)
-    hp = settings("memit", text, "value.steps=1", "value.lr=1e-6")
-    editors.fit(tiny.lm(), request(), hp, console=console)
-    assert any("3 of 3 values did not converge" in w and "'f0'" in w for w in console.warnings)
+    for more, named in (("refine=null", True), ("refine.steps=1", False)):
+        console = Console(quiet=True)
+        hp = settings("memit", text, "value.steps=1", "value.lr=1e-6", more)
+        editors.fit(tiny.lm(), request(), hp, console=console)
+        found = any("3 of 3 values did not converge" in w and "'f0'" in w for w in console.warnings)
+        assert found == named  # refine goes on where the values stopped
 
 
 def test_a_bfloat16_model_is_edited_too(text: str) -> None:
