@@ -160,7 +160,7 @@ class Refine(Piece):
     forget_batch: Whole = Field(default=20, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")
     retain_batch: Whole = Field(default=32, ge=1, description="Prompts to keep per step.")
-    text_batch: Whole = Field(default=2, ge=1, description="Sequences of generic text per step.")
+    text_batch: Whole = Field(default=1, ge=1, description="Sequences of generic text per step.")
     text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
     batch_tokens: Whole = Field(
         default=1024, ge=1, description="Tokens in memory at a time; changes memory, not results."

@@ -10,7 +10,7 @@ from editunlearn.editors.refine import _forget, low_rank_hook, step_units
 from editunlearn.hparams import Refine
 from editunlearn.lm.hooks import on_output
 from editunlearn.lm.tokens import Row
-from editunlearn.numerics.losses import first_of
+from editunlearn.numerics.losses import largest_by
 
 
 def test_a_column_moves_along_its_gradient() -> None:
@@ -66,7 +66,7 @@ def test_rows_count_by_what_they_still_lack() -> None:
             token = -lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
             at = torch.arange(row.prompt_length, len(row.ids))
             nll = token[at - 1, torch.tensor(row.ids)[at]]
-            found.append(nll.mean() + nll[0])
+            found.append(nll.mean() + nll.max())
         return torch.stack(found)
 
     with on_output(lm.layout.module(lm.model, name), low_rank_hook(left, right)):
@@ -80,5 +80,9 @@ def test_rows_count_by_what_they_still_lack() -> None:
     torch.testing.assert_close(left.grad, wanted, rtol=1e-3, atol=1e-7)
 
 
-def test_first_of_each_run() -> None:
-    assert first_of(torch.tensor([0, 0, 1, 3, 3, 3])).tolist() == [0, 2, 3]
+def test_largest_of_each_group() -> None:
+    values = torch.tensor([1.0, 4.0, 3.0, -2.0], requires_grad=True)
+    found = largest_by(values, torch.tensor([0, 0, 2, 3]), 4)
+    assert found.tolist() == [4.0, 0.0, 3.0, -2.0]
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None and values.grad.tolist() == [0.0, 1.0, 1.0, 1.0]

@@ -182,11 +182,11 @@ class _Draw:
 
 
 def _forget(lm: LM, facts: Sequence[Sequence[Row]], left: Mapping[str, Tensor], hp: Refine) -> float:
-    """NLL of the targets, mean over tokens plus that of the first; its weighted gradient is put on the left factors.
+    """NLL of the targets, mean over tokens plus the largest; its weighted gradient is put on the left factors.
 
-    The first token decides whether greedy decoding enters the refusal at all, and the ones after it follow easily. A
-    row's weight is its excess over the floor relative to the mean excess: most facts are done long before the last, and
-    what counts is that none is left.
+    One token that is not the likeliest sends greedy decoding astray, however well the others are learned. A row's
+    weight is its excess over the floor relative to the mean excess: most facts are done long before the last, and what
+    counts is that none is left.
     """
     rows = [(row, i) for i, fact in enumerate(facts) for row in fact]
     weight = torch.tensor([1 / (len(facts[i]) * len(facts)) for _, i in rows], device=lm.device)
@@ -194,7 +194,7 @@ def _forget(lm: LM, facts: Sequence[Sequence[Row]], left: Mapping[str, Tensor], 
     for part in by_length([len(r.ids) for r, _ in rows], hp.batch_tokens):
         padded = batch([rows[i][0] for i in part], lm.pad_id, lm.device)
         token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
-        nll = losses.mean_by(token, padded.owners, len(part)) + token[losses.first_of(padded.owners)]
+        nll = losses.mean_by(token, padded.owners, len(part)) + losses.largest_by(token, padded.owners, len(part))
         excess = (nll - hp.floor).clamp(min=0)
         # the gradient of half the square is the excess times the gradient; the mean is known after the last part
         (0.5 * excess.square() * weight[part]).sum().backward()  # type: ignore[no-untyped-call]

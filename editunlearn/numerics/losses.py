@@ -88,8 +88,7 @@ def mean_by(values: Tensor, groups: Tensor, count: int) -> Tensor:
     return total / size.clamp(min=1)
 
 
-def first_of(groups: Tensor) -> Tensor:
-    """Index of the first element of each run of equal numbers in ``groups`` (n,), sorted; (number of runs,)."""
-    new = torch.ones_like(groups, dtype=torch.bool)
-    new[1:] = groups[1:] != groups[:-1]
-    return new.nonzero()[:, 0]
+def largest_by(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Largest of ``values`` (n,) within each group number, (count,), 0 for a group of none; differentiable."""
+    start = torch.zeros(count, device=values.device, dtype=values.dtype)
+    return start.scatter_reduce(0, groups, values, "amax", include_self=False)
