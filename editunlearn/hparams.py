@@ -150,7 +150,7 @@ class Refine(Piece):
         description=f"Updates of Adam; auto: {PASSES} or more, so that every fact is seen {PASSES} times.",
     )
     lr: Real = Field(
-        default=0.04,
+        default=0.06,
         gt=0,
         description="Size of a step, relative to the left factors that would write the whole change.",
     )
