@@ -138,8 +138,8 @@ class NullSpace(Piece):
     l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
 
 
-PASSES = 40
-"""Times that refine sees every fact when its steps are ``auto``."""
+LEAST_STEPS, STEPS_PER_FACT = 40, 4
+"""Steps of refine when they are ``auto``; every fact beyond the least number adds to what has to be told apart."""
 
 
 class Refine(Piece):
@@ -147,16 +147,16 @@ class Refine(Piece):
 
     steps: Steps = Field(
         default="auto",
-        description=f"Updates of Adam; auto: {PASSES} or more, so that every fact is seen {PASSES} times.",
+        description=f"Updates of Adam; auto: {STEPS_PER_FACT} a fact less {LEAST_STEPS}, and {LEAST_STEPS} at least.",
     )
     lr: Real = Field(
-        default=0.06,
+        default=0.05,
         gt=0,
         description="Size of a step, relative to the left factors that would write the whole change.",
     )
     kl: Real = Field(default=40.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
     text_kl: Real = Field(default=40.0, ge=0, description="Weight of the KL divergence on generic text.")
-    floor: Real = Field(default=0.1, ge=0, description="A target whose loss is at or below this no longer counts.")
+    floor: Real = Field(default=0.2, ge=0, description="A target whose loss is at or below this no longer counts.")
     forget_batch: Whole = Field(default=20, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")
     retain_batch: Whole = Field(default=32, ge=1, description="Prompts to keep per step.")
@@ -169,7 +169,7 @@ class Refine(Piece):
     def steps_for(self, facts: int) -> int:
         """Updates for that many facts to forget."""
         if self.steps == "auto":
-            return max(PASSES, -(-PASSES * facts // self.forget_batch))
+            return max(LEAST_STEPS, STEPS_PER_FACT * facts - LEAST_STEPS)
         return self.steps
 
 
