@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -129,11 +130,9 @@ def main() -> None:
     facts = [f for f, known in zip(facts, _known(lm, facts, None), strict=True) if known]
     text = wikitext(args.text, lm, 40, 200)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
-    given = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in vars(args).items() if v}
-    given |= {"facts": args.facts.name, "text": args.text.name}
-    done["command"] = "python benchmarks/quality.py " + " ".join(
-        f"--{k} {v}" for k, v in given.items() if k != "verbose"
-    )
+    given = {**vars(args), "facts": args.facts.name, "text": args.text.name, "verbose": None}
+    words = [[f"--{k}", *map(str, v if isinstance(v, list) else [v])] for k, v in given.items() if v]
+    done["command"] = shlex.join(["python", "benchmarks/quality.py", *(w for part in words for w in part)])
     done["environment"] = dict(environment())
     done["data"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in (args.facts, args.text)}
     done["known_facts"] = len(facts)
@@ -155,10 +154,16 @@ def main() -> None:
             done["runs"].append(
                 {**key, "base": base, "edited": scores, "heldout_kept": kept, "perplexity_rise": rise, **cost}
             )
-            atomic_write_json(args.out, done)
-            atomic_write_text(args.out.with_suffix(".md"), table(done))
+            save(args.out, done)
             sys.stdout.write(row(done["runs"][-1]) + "\n")
             sys.stdout.flush()
+    save(args.out, done)  # also when all was there: the command is the one that gives every row
+
+
+def save(path: Path, done: dict[str, Any]) -> None:
+    """JSON, and the table beside it."""
+    atomic_write_json(path, done)
+    atomic_write_text(path.with_suffix(".md"), table(done))
 
 
 def _base(done: dict[str, Any], lm: Any, parts: Any, text: Any, seed: int, sizes: dict[str, int]) -> dict[str, float]:

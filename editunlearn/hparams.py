@@ -139,7 +139,7 @@ class NullSpace(Piece):
 
 
 LEAST_STEPS, STEPS_PER_FACT = 40, 4
-"""Steps of refine when they are ``auto``; every fact beyond the least number adds to what has to be told apart."""
+"""Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
 
 
 class Refine(Piece):

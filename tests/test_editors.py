@@ -297,6 +297,37 @@ def test_prompts_about_others_differ_by_the_name_alone(text: str) -> None:
         assert text_of_row.startswith(start) and text_of_row.endswith(" is")
     assert {w.split()[-2] for w in written} == {"bridge", "author", "birds"}
     assert contexts.swapped_rows(lm, forget, forget, hp) == []
+    as_many = contexts.swapped_rows(lm, request((0, 1, 2)).facts, [fact(i) for i in (3, 4, 5)], hp)
+    assert len({row.ids for row in as_many}) == 9  # every fact with every name, none twice
+
+
+def test_what_refine_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def watched(lm: Any, factors: Any, goals: Any, hp: Any, **more: Any) -> Any:
+        seen.update(goals=goals, reports=0)
+        tell = more.pop("report")
+
+        def report(*losses: Any) -> None:
+            seen["reports"] += 1
+            tell(*losses)
+
+        return refine.refine(lm, factors, goals, hp, report=report, **more)
+
+    monkeypatch.setattr(flow, "refine", watched)
+    asked = replace(request((0, 1), (3,)), general=(fact(4, None),), names=(fact(5, None),))
+    editors.fit(tiny.lm(), asked, settings("memit", text, "refine.steps=auto"))
+    own, others, known = seen["goals"].retain
+    assert (len(own), len(others), len(known)) == (1, 6, 1)  # two prompts with each of three other names
+    assert seen["reports"] == 40
+
+
+@pytest.mark.parametrize(("contexts_", "rows"), [("null", 3), ("1", 1), ("2", 2), ("9", 3)])
+def test_values_see_so_many_contexts(text: str, contexts_: str, rows: int) -> None:
+    lm, hp = tiny.lm("llama"), settings("memit", text, f"value.contexts={contexts_}")
+    made = contexts.forget_rows(lm, request((0,)).facts, ["A day. ", "It is. "], hp)
+    (problem,) = contexts.problems(lm, request((0,)).facts, made, [], hp)
+    assert problem.rows == tuple(made.targets[0][:rows])
 
 
 # --- resuming, seeds, caches

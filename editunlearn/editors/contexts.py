@@ -107,7 +107,9 @@ def swapped_rows(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: Edit
     rows = []
     for number in range(min(SWAPS, len(names)) * len(facts)):
         fact = facts[number % len(facts)]
-        text, start = _swapped(fact, subject := names[number % len(names)])
+        # one name further after every round, or the same few facts and names would meet again and again
+        subject = names[(number + number // len(names)) % len(names)]
+        text, start = _swapped(fact, subject)
         prompt = wrap(lm, text, (start, start + len(subject)), question=fact.is_question)
         row = encode(lm, prompt, None, hp.subject_token)
         # any token behind the prompt makes its last position a scored one

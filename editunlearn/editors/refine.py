@@ -42,9 +42,9 @@ LEAST_ANSWER = 1e-3
 def step_units(left: Tensor, right: Tensor, keys: Tensor) -> Tensor:
     """By fact, the mean absolute left factor that would write its whole change, (n,).
 
-    A recogniser answers less than 1 to its own key: the less, the more there is to preserve around it, a country's name
-    ten times less than a rare person's. Its left factor has to grow by the inverse of that answer. Steps in this unit
-    move all facts equally.
+    A recogniser answers less than 1 to its own key: the less, the more there is to preserve around it (a country's name
+    far less than a rare person's). Its left factor has to grow by the inverse of that answer. Steps in this unit move
+    all facts equally.
 
     Args:
         left: (d_out, n). right: (n, d_in). keys: (n, d_in), of the same facts.
