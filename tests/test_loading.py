@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -525,3 +526,11 @@ def test_demo_model() -> None:
                 decoded = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
     weight = lm.layout.read_weight(lm.model, lm.layout.site(3).name)
     assert torch.equal(weight, decoded.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("absent", [("gguf",), ("accelerate",), ("gguf", "accelerate")])
+def test_what_a_gguf_file_needs_is_named(monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...]) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a))
+    with pytest.raises(InputError, match=rf"needs {' and '.join(absent)}: pip install 'editunlearn\[demo\]'"):
+        sources.check_gguf_installed()

@@ -140,8 +140,9 @@ def check_gguf_installed() -> None:
     """
     from importlib.util import find_spec
 
-    if find_spec("gguf") is None:
-        raise InputError("reading .gguf files needs the package 'gguf': pip install 'editunlearn[demo]'.")
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]  # transformers asks for both
+    if missing:
+        raise InputError(f"reading .gguf files needs {' and '.join(missing)}: pip install 'editunlearn[demo]'.")
 
 
 def peek_config(name: str | Path = DEMO, revision: str | None = None, *, source: Source | None = None) -> Any:
