@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from editunlearn.editors import keys
 from editunlearn.errors import InputError
+from editunlearn.lm import generation
 from editunlearn.lm.batching import by_length, chunks, halving, out_of_memory
 from editunlearn.lm.generation import context_prefixes, generate
 from editunlearn.lm.hooks import (
@@ -441,6 +442,22 @@ def test_halving_goes_on_with_what_fits() -> None:
         halving([[1, 2]], other, warnings.append)
     assert out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"))
     assert out_of_memory(MemoryError()) and not out_of_memory(ValueError("x"))
+
+
+def test_decoding_survives_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny.lm()
+    prompts = [Prompt(t, (0, len(t))) for t in ("The capital of Japan is", "One", "The bridge is")]
+    whole, decode, sizes = generate(lm, prompts, max_new_tokens=4), generation._continue, []
+
+    def scarce(lm: Any, rows: list[list[int]], *more: Any) -> list[str]:
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(lm, rows, *more)
+
+    monkeypatch.setattr(generation, "_continue", scarce)
+    assert generate(lm, prompts, max_new_tokens=4) == whole
+    assert sizes == [3, 1, 2, 1, 1]
 
 
 def test_keys_survive_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 import tiny
 import torch
 
+from editunlearn.editors import objective
 from editunlearn.editors.column_adam import ColumnAdam
-from editunlearn.editors.refine import _forget, low_rank_hook, step_units
-from editunlearn.hparams import Refine
+from editunlearn.editors.refine import low_rank_hook, step_units
 from editunlearn.lm.hooks import on_output
 from editunlearn.lm.tokens import Row
 from editunlearn.numerics.losses import largest_by
@@ -51,8 +55,18 @@ def test_a_step_is_measured_in_the_whole_change_of_each_fact() -> None:
     torch.testing.assert_close(step_units(left, torch.zeros(2, 2), keys), torch.tensor([2000.0, 3000.0]))
 
 
-def test_rows_count_by_what_they_still_lack() -> None:
-    lm, hp = tiny.lm("llama"), Refine(floor=4.0, batch_tokens=12)
+@pytest.mark.parametrize("most", [2, 1])
+def test_rows_count_by_what_they_still_lack(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    lm, floor = tiny.lm("llama"), 4.0
+    warnings: list[str] = []
+    logits = objective.target_logits
+
+    def scarce(lm: Any, padded: Any) -> torch.Tensor:
+        if len(padded.input_ids) > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return logits(lm, padded)
+
+    monkeypatch.setattr(objective, "target_logits", scarce)
     name = lm.layout.site(1).name
     d_out, d_in = lm.layout.read_weight(lm.model, name).shape
     random = torch.Generator().manual_seed(0)
@@ -72,10 +86,12 @@ def test_rows_count_by_what_they_still_lack() -> None:
     with on_output(lm.layout.module(lm.model, name), low_rank_hook(left, right)):
         loss = losses_of([row for fact in facts for row in fact])
         share = torch.tensor([0.25, 0.25, 0.5])
-        excess = (loss.detach() - hp.floor).clamp(min=0)
+        excess = (loss.detach() - floor).clamp(min=0)
         (loss * share * excess / (share @ excess)).sum().backward()
         wanted, left.grad = left.grad, None
-        assert abs(_forget(lm, facts, {name: left}, hp) - float(share @ loss.detach())) < 1e-4
+        gradient = objective.Gradient({name: left}, 12, warnings.append)
+        assert abs(objective.forget_loss(lm, facts, gradient, floor) - float(share @ loss.detach())) < 1e-4
+    assert len(warnings) == 2 - most
     assert wanted is not None
     torch.testing.assert_close(left.grad, wanted, rtol=1e-3, atol=1e-7)
 
@@ -86,3 +102,21 @@ def test_largest_of_each_group() -> None:
     assert found.tolist() == [4.0, 0.0, 3.0, -2.0]
     found.sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None and values.grad.tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_a_batch_that_does_not_fit_leaves_no_gradient() -> None:
+    left = torch.zeros(3, requires_grad=True)
+    warnings: list[str] = []
+    rows = [Row((1, 2, 3), 1, 3)] * 3
+
+    def run(part: Sequence[int]) -> None:
+        (left[list(part)].sum() * 2).backward()  # type: ignore[no-untyped-call]
+        if len(part) > 1:  # as when memory runs out in the middle of a backward pass
+            raise torch.OutOfMemoryError("out of memory")
+
+    objective.Gradient({"m": left}, 100, warnings.append).over(rows, run)
+    assert left.grad is not None and left.grad.tolist() == [2.0, 2.0, 2.0]
+    assert warnings == [
+        "out of memory with 3 at once; going on with 1",
+        "out of memory with 2 at once; going on with 1",
+    ]

@@ -200,6 +200,7 @@ class Flow:
                 work=self.work,
                 report=report,
                 already=bar.update,
+                warn=self.console.warn,
             )
         return {name: (left[name], pair[1]) for name, pair in factors.items()}
 

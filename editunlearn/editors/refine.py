@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from editunlearn.editors.column_adam import ColumnAdam
+from editunlearn.editors.objective import Gradient, Keep, forget_loss
 from editunlearn.errors import NumericalError
-from editunlearn.lm.batching import by_length
-from editunlearn.lm.hooks import on_input, on_output, stack
-from editunlearn.lm.likelihood import logits_of, target_logits
-from editunlearn.lm.tokens import Batch, Row, batch
-from editunlearn.numerics import losses
+from editunlearn.lm.hooks import on_output, stack
+from editunlearn.lm.tokens import Row
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Refine
@@ -88,6 +85,7 @@ def refine(
     work: Workspace | None = None,
     already: Callable[[int], None] = lambda _: None,
     report: Callable[[int, float, float, float], None] = lambda *_: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
@@ -100,6 +98,7 @@ def refine(
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
         report: called with (step, NLL, retain KL, text KL) after every step.
+        warn: called with a sentence when a batch does not fit and is halved.
 
     Raises:
         NumericalError: a loss that is not finite.
@@ -108,7 +107,11 @@ def refine(
     right = {name: pair[1].to(lm.device) for name, pair in factors.items()}
     optimiser = ColumnAdam(left, units)
     draw = _Draw(goals, hp, seed)
-    retain, generic = _Keep(lm, [row for pool in goals.retain for row in pool]), _Keep(lm, goals.text)
+    gradient = Gradient(left, hp.batch_tokens, warn)
+    retain, generic = (
+        Keep(lm, [row for pool in goals.retain for row in pool], gradient),
+        Keep(lm, goals.text, gradient),
+    )
 
     def change() -> AbstractContextManager[None]:
         hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
@@ -122,14 +125,14 @@ def refine(
     for step in range(steps):
         batch_of_step = draw.forget(), draw.retain(), draw.text()
         if step < start:
-            retain.remember(batch_of_step[1], hp)
-            generic.remember(batch_of_step[2], hp)
+            retain.remember(batch_of_step[1])
+            generic.remember(batch_of_step[2])
             continue
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         with change():
-            nll = _forget(lm, batch_of_step[0], left, hp)
-        kept = retain.loss(change, batch_of_step[1], hp.kl, hp)
-        text = generic.loss(change, batch_of_step[2], hp.text_kl, hp)
+            nll = forget_loss(lm, batch_of_step[0], gradient, hp.floor)
+        kept = retain.loss(change, batch_of_step[1], hp.kl)
+        text = generic.loss(change, batch_of_step[2], hp.text_kl)
         if not all(map(math.isfinite, (nll, kept, text))):
             raise NumericalError(f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr")
         optimiser.step(hp.lr * decay)
@@ -179,90 +182,3 @@ class _Draw:
     def text(self) -> list[int]:
         """Numbers of the text windows."""
         return self._next("text", len(self.goals.text), self.hp.text_batch)
-
-
-def _forget(lm: LM, facts: Sequence[Sequence[Row]], left: Mapping[str, Tensor], hp: Refine) -> float:
-    """NLL of the targets, mean over tokens plus the largest; its weighted gradient is put on the left factors.
-
-    One token that is not the likeliest sends greedy decoding astray, however well the others are learned. A row's
-    weight is its excess over the floor relative to the mean excess: most facts are done long before the last, and what
-    counts is that none is left.
-    """
-    rows = [(row, i) for i, fact in enumerate(facts) for row in fact]
-    weight = torch.tensor([1 / (len(facts[i]) * len(facts)) for _, i in rows], device=lm.device)
-    total = mean_excess = 0.0
-    for part in by_length([len(r.ids) for r, _ in rows], hp.batch_tokens):
-        padded = batch([rows[i][0] for i in part], lm.pad_id, lm.device)
-        token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
-        nll = losses.mean_by(token, padded.owners, len(part)) + losses.largest_by(token, padded.owners, len(part))
-        excess = (nll - hp.floor).clamp(min=0)
-        # the gradient of half the square is the excess times the gradient; the mean is known after the last part
-        (0.5 * excess.square() * weight[part]).sum().backward()  # type: ignore[no-untyped-call]
-        total += float((nll.detach() * weight[part]).sum())
-        mean_excess += float((excess.detach() * weight[part]).sum())
-    if mean_excess > 0:
-        for value in left.values():
-            if value.grad is not None:
-                value.grad /= mean_excess
-    return total
-
-
-class _Keep:
-    """Prompts or text whose next-token distributions are to stay those of the unedited model.
-
-    Of the unedited model only the hidden states before the head are kept (a few kilobytes a row), found when a row
-    first comes up.
-    """
-
-    def __init__(self, lm: LM, rows: Sequence[Row]) -> None:
-        self.lm, self.rows = lm, rows
-        self.hidden: dict[int, Tensor] = {}
-
-    def loss(
-        self,
-        change: Callable[[], AbstractContextManager[None]],
-        chosen: Sequence[int],
-        strength: float,
-        hp: Refine,
-    ) -> float:
-        """Mean KL(unedited || edited) over the scored positions of the rows ``chosen``.
-
-        Adds ``strength`` times its gradient to the left factors.
-
-        Args:
-            change: makes a context in which the model computes with the edit.
-        """
-        count = sum(len(self.rows[i].ids) - self.rows[i].prompt_length for i in chosen)
-        total = 0.0
-        for members, padded in self._batches(chosen, hp):
-            self._remember(members, padded)
-            with torch.no_grad():
-                base = logits_of(self.lm, torch.cat([self.hidden[i] for i in members]))
-            with change():
-                edited = target_logits(self.lm, padded)
-            loss = losses.kl(base, edited).sum() / count
-            if strength > 0:
-                (strength * loss).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total
-
-    def remember(self, chosen: Sequence[int], hp: Refine) -> None:
-        """Keep what ``loss`` would of the unedited model, in the same batches, so that no bit of it differs."""
-        for members, padded in self._batches(chosen, hp):
-            self._remember(members, padded)
-
-    def _batches(self, chosen: Sequence[int], hp: Refine) -> Iterator[tuple[list[int], Batch]]:
-        for part in by_length([len(self.rows[i].ids) for i in chosen], hp.batch_tokens):
-            members = [chosen[i] for i in part]
-            yield members, batch([self.rows[i] for i in members], self.lm.pad_id, self.lm.device)
-
-    @torch.no_grad()
-    def _remember(self, members: Sequence[int], padded: Batch) -> None:
-        if all(i in self.hidden for i in members):
-            return
-        before_head: list[Tensor] = []
-        with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets])):
-            target_logits(self.lm, padded)
-        sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
-        for i, states in zip(members, torch.split(before_head[0], sizes), strict=True):
-            self.hidden.setdefault(i, states)

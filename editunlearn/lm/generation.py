@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from editunlearn.lm.batching import chunks, halving
 from editunlearn.lm.hooks import contiguous_input
 from editunlearn.lm.tokens import Prompt, encode_prompt
 
@@ -26,10 +27,12 @@ def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, bat
     encoded = [encode_prompt(lm, p, "prompt_last")[0] for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     texts = [""] * len(encoded)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+
+    def run(part: Sequence[int]) -> None:
         for i, text in zip(part, _continue(lm, [encoded[i] for i in part], max_new_tokens), strict=True):
             texts[i] = text
+
+    halving(list(chunks(order, batch_size)), run, lambda _: None)
     return texts
 
 

@@ -1,0 +1,139 @@
+"""What one step of refine minimises: its three losses, and the gradient they put on the left factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from editunlearn.lm.batching import by_length, halving
+from editunlearn.lm.hooks import on_input
+from editunlearn.lm.likelihood import logits_of, target_logits
+from editunlearn.lm.tokens import Batch, Row, batch
+from editunlearn.numerics import losses
+
+if TYPE_CHECKING:
+    from editunlearn.lm.loading import LM
+
+
+class Gradient:
+    """The gradient of the left factors, summed over batches.
+
+    A batch that runs out of memory adds nothing and is halved.
+
+    Attributes:
+        batch_tokens: padded tokens of one batch.
+    """
+
+    def __init__(self, left: Mapping[str, Tensor], batch_tokens: int, warn: Callable[[str], None]) -> None:
+        self.left, self.batch_tokens, self.warn = left, batch_tokens, warn
+
+    def over(self, rows: Sequence[Row], run: Callable[[Sequence[int]], None]) -> None:
+        """Call ``run`` with the numbers of the rows of one batch after the other."""
+
+        def undone(part: Sequence[int]) -> None:
+            before = {name: None if v.grad is None else v.grad.clone() for name, v in self.left.items()}
+            try:
+                run(part)
+            except BaseException:
+                for name, value in self.left.items():
+                    value.grad = before[name]
+                raise
+
+        halving(by_length([len(r.ids) for r in rows], self.batch_tokens), undone, self.warn)
+
+    def scale(self, factor: float) -> None:
+        """Multiply what has been summed up."""
+        for value in self.left.values():
+            if value.grad is not None:
+                value.grad *= factor
+
+
+def forget_loss(lm: LM, facts: Sequence[Sequence[Row]], gradient: Gradient, floor: float) -> float:
+    """NLL of the targets, mean over tokens plus the largest; its weighted gradient is put on the left factors.
+
+    One token that is not the likeliest sends greedy decoding astray, however well the others are learned. A row's
+    weight is its excess over the floor relative to the mean excess: most facts are done long before the last, and what
+    counts is that none is left.
+    """
+    rows = [row for fact in facts for row in fact]
+    shares = [1 / (len(fact) * len(facts)) for fact in facts for _ in fact]
+    weight = torch.tensor(shares, device=lm.device)
+    total = mean_excess = 0.0
+
+    def run(part: Sequence[int]) -> None:
+        nonlocal total, mean_excess
+        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
+        token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
+        nll = losses.mean_by(token, padded.owners, len(part)) + losses.largest_by(token, padded.owners, len(part))
+        excess = (nll - floor).clamp(min=0)
+        # the gradient of half the square is the excess times the gradient; the mean is known after the last part
+        (0.5 * excess.square() * weight[part]).sum().backward()  # type: ignore[no-untyped-call]
+        total += float((nll.detach() * weight[part]).sum())
+        mean_excess += float((excess.detach() * weight[part]).sum())
+
+    gradient.over(rows, run)
+    if mean_excess > 0:
+        gradient.scale(1 / mean_excess)
+    return total
+
+
+class Keep:
+    """Prompts or text whose next-token distributions are to stay those of the unedited model.
+
+    Of the unedited model only the hidden states before the head are kept (a few kilobytes a row), found when a row
+    first comes up.
+    """
+
+    def __init__(self, lm: LM, rows: Sequence[Row], gradient: Gradient) -> None:
+        self.lm, self.rows, self.gradient = lm, rows, gradient
+        self.hidden: dict[int, Tensor] = {}
+
+    def loss(self, change: Callable[[], AbstractContextManager[None]], chosen: Sequence[int], strength: float) -> float:
+        """Mean KL(unedited || edited) over the scored positions of the rows ``chosen``.
+
+        Adds ``strength`` times its gradient to the left factors.
+
+        Args:
+            change: makes a context in which the model computes with the edit.
+        """
+        count = sum(len(self.rows[i].ids) - self.rows[i].prompt_length for i in chosen)
+        total = 0.0
+
+        def run(part: Sequence[int]) -> None:
+            nonlocal total
+            members, padded = self._batch(chosen, part)
+            self._remember(members, padded)
+            with torch.no_grad():
+                base = logits_of(self.lm, torch.cat([self.hidden[i] for i in members]))
+            with change():
+                edited = target_logits(self.lm, padded)
+            loss = losses.kl(base, edited).sum() / count
+            if strength > 0:
+                (strength * loss).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+
+        self.gradient.over([self.rows[i] for i in chosen], run)
+        return total
+
+    def remember(self, chosen: Sequence[int]) -> None:
+        """Keep what ``loss`` would of the unedited model, in the same batches, so that no bit of it differs."""
+        self.gradient.over([self.rows[i] for i in chosen], lambda part: self._remember(*self._batch(chosen, part)))
+
+    def _batch(self, chosen: Sequence[int], part: Sequence[int]) -> tuple[list[int], Batch]:
+        members = [chosen[i] for i in part]
+        return members, batch([self.rows[i] for i in members], self.lm.pad_id, self.lm.device)
+
+    @torch.no_grad()
+    def _remember(self, members: Sequence[int], padded: Batch) -> None:
+        if all(i in self.hidden for i in members):
+            return
+        before_head: list[Tensor] = []
+        with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets])):
+            target_logits(self.lm, padded)
+        sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
+        for i, states in zip(members, torch.split(before_head[0], sizes), strict=True):
+            self.hidden.setdefault(i, states)
