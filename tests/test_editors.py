@@ -19,7 +19,7 @@ from torch import Tensor
 
 from editunlearn import editors
 from editunlearn.console import Console
-from editunlearn.editors import contexts, flow, keys, moments, refine, spread, statistics, values
+from editunlearn.editors import contexts, flow, keys, moments, objective, refine, spread, statistics, values
 from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.records import Fact, ForgetRequest
@@ -374,7 +374,7 @@ def test_a_resumed_refinement_equals_an_uninterrupted_one(
     asked = ForgetRequest(tuple(fact(i) for i in range(5)), tuple(keep))
     seen: list[int] = []
     unedited: list[Tensor] = []
-    target_logits = refine.target_logits
+    target_logits = objective.target_logits
 
     def noted(lm: Any, padded: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -388,7 +388,7 @@ def test_a_resumed_refinement_equals_an_uninterrupted_one(
                 raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refine, "target_logits", noted)
+        patch.setattr(objective, "target_logits", noted)
         whole = editors.fit(lm, asked, hp)
         batches = [ids.tolist() for ids in unedited]
         with pytest.raises(Killed):
