@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 torch.set_num_threads(1)
@@ -15,3 +16,11 @@ def _own_cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     """Tests neither read nor fill the user's cache, but for those of the demo model, which is slow to convert."""
     if request.node.get_closest_marker("demo") is None:
         monkeypatch.setenv("EDITUNLEARN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small text for second moments: about 700 tokens, more than any tiny model is wide."""
+    path = tmp_path_factory.mktemp("text") / "general.txt"
+    path.write_text(tiny._TEXT.strip().replace("\n", "\n\n"), encoding="utf-8")
+    return str(path)

@@ -1,17 +1,22 @@
-"""The parts of refine that are pure: the optimiser, the unit of a step, the weights of rows."""
+"""Refine: the optimiser, the unit of a step, the weights of rows, what it is given and what it holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from edits import fact, request, settings
 
-from editunlearn.editors import objective
+from editunlearn import editors
+from editunlearn.console import Console
+from editunlearn.editors import flow, objective, refine
 from editunlearn.editors.column_adam import ColumnAdam
 from editunlearn.editors.refine import low_rank_hook, step_units
+from editunlearn.hparams import load_hparams
 from editunlearn.lm.hooks import on_output
 from editunlearn.lm.tokens import Row
 from editunlearn.numerics.losses import largest_by
@@ -120,3 +125,59 @@ def test_a_batch_that_does_not_fit_leaves_no_gradient() -> None:
         "out of memory with 3 at once; going on with 1",
         "out of memory with 2 at once; going on with 1",
     ]
+
+
+def test_what_refine_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def watched(lm: Any, factors: Any, goals: Any, hp: Any, **more: Any) -> Any:
+        seen.update(goals=goals, reports=0)
+        tell = more.pop("report")
+
+        def report(*losses: Any) -> None:
+            seen["reports"] += 1
+            tell(*losses)
+
+        return refine.refine(lm, factors, goals, hp, report=report, **more)
+
+    monkeypatch.setattr(flow, "refine", watched)
+    asked = replace(request((0, 1), (3,)), general=(fact(4, None),), names=(fact(5, None),))
+    editors.fit(tiny.lm(), asked, settings("memit", text, "refine.steps=auto"))
+    own, others, known = seen["goals"].retain
+    assert (len(own), len(others), len(known)) == (1, 6, 1)  # two prompts with each of three other names
+    assert seen["reports"] == 40
+
+
+@pytest.mark.parametrize(("pool", "number"), [("kl", 1), ("text_kl", 2)])
+def test_refine_holds_what_is_to_stay(text: str, pool: str, number: int) -> None:
+    lm = tiny.lm()
+    seen: list[list[float]] = []
+
+    class Loud(Console):
+        def detail(self, message: str, level: int = 1) -> None:
+            seen[-1] = [float(part.split()[-1]) for part in message.split(":")[1].split(",")]
+
+    for weight in (0, 100):
+        seen.append([])
+        others = [f"refine.{name}=0" for name in ("kl", "text_kl") if name != pool]
+        hp = settings("memit", text, "refine.steps=15", f"refine.{pool}={weight}", *others)
+        editors.fit(lm, request(), hp, console=Loud(quiet=True))
+    free, held = (losses[number] for losses in seen)
+    assert held < 0.7 * free and seen[1][0] > seen[0][0]
+
+
+def test_a_pool_is_gone_through_before_anything_comes_twice(text: str) -> None:
+    hp = load_hparams("memit", set=["refine.retain_batch=3"]).refine
+    assert hp is not None
+    draw = refine._Draw(refine.Goals([], [[], [None] * 7], []), hp, 0)  # type: ignore[list-item]
+    drawn = [draw.retain() for _ in range(20)]
+    assert all(len(d) == 3 for d in drawn)
+    flat = [i for d in drawn for i in d]
+    assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, 56, 7))
+    assert draw.forget() == [] and draw.text() == []
+    several = refine._Draw(refine.Goals([], [[None] * 9, [None], [None] * 9], []), hp, 0)  # type: ignore[list-item]
+    for _ in range(9):
+        first, only, last = several.retain()
+        assert first < 9 and only == 9 and 10 <= last < 19
+    few = refine._Draw(refine.Goals([], [[None], [None] * 9], []), hp, 0)  # type: ignore[list-item]
+    assert [i == 0 for i in few.retain()] == [True, False, False]  # the larger pool makes up for the smaller one
