@@ -24,3 +24,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "general.txt"
     path.write_text(tiny._TEXT.strip().replace("\n", "\n\n"), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub cannot be reached, and nobody waits to find out."""
+    from editunlearn.lm import sources
+
+    monkeypatch.setattr(sources, "hub_unreachable", lambda: True)
