@@ -136,6 +136,11 @@ class NullSpace(Piece):
     threshold: Real = Field(default=0.04, gt=0, description="Directions of C with less energy than this are free.")
     relative: bool = Field(default=True, strict=True, description="Measure the threshold against the mean eigenvalue.")
     l2: Real = Field(default=1.0, gt=0, description="Weight of the norm of the update.")
+    soft: bool = Field(
+        default=False,
+        strict=True,
+        description="Let C count in the free directions too, with moments.weight, as in MEMIT. As published: false.",
+    )
 
 
 LEAST_STEPS, STEPS_PER_FACT = 40, 4

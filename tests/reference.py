@@ -67,6 +67,12 @@ def alphaedit_update(p: Tensor, keys: Tensor, past: Tensor, residuals: Tensor, l
     return torch.linalg.solve(system, p @ k @ residuals.double().T).T
 
 
+def square_root(moment: Tensor) -> Tensor:
+    """Keys, one a column, whose sum of outer products is the moment."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    return vectors * values.clamp(min=0).sqrt()
+
+
 # --- losses
 
 

@@ -128,6 +128,10 @@ def test_alphaedit(seed: int, n: int, held: int, relative: bool) -> None:
     close(project(p.keys, removed), p.keys @ literal)
     if not held:
         close(solve.projected_recognisers(p.keys, removed, 0.7), rows, 1e-12)
+    # text that counts in the null space is like keys already written whose second moment it is
+    written = torch.cat([fixed.T, reference.square_root(2.0 * p.c)], 1)
+    rows = solve.projected_recognisers(p.keys, removed, 0.7, fixed, 2.0 * p.c)
+    close(p.residuals.T @ rows, reference.alphaedit_update(literal, p.keys.T, written, p.residuals.T, 0.7))
 
 
 # --- algebra

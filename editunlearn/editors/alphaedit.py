@@ -36,7 +36,8 @@ def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
     """``R K^T P (K_p K_p^T P + K K^T P + l2 I)^-1`` (paper, eq. 14) on projected keys.
 
     Retained facts take part twice: they are added to the moment whose null space is taken (``retain.weight`` against
-    ``moments.weight``), and what of their keys lies in the null space all the same counts as keys already written.
+    ``moments.weight``), and what of their keys lies in the null space all the same counts as keys already written. With
+    ``nullspace.soft`` the same is true of text: a direction below the threshold is not free of charge, only cheaper.
     """
     import torch
 
@@ -46,5 +47,6 @@ def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
     moment = solve.preservation(problem.moment, 1.0, problem.retain, share, dim=problem.keys.shape[1])
     removed = projector.protected_basis(moment, hp.nullspace.threshold, relative=hp.nullspace.relative)
     held = torch.cat([problem.past, hp.retain.weight**0.5 * problem.retain])
-    rows = solve.projected_recognisers(problem.keys, removed, hp.nullspace.l2, held)
+    text = hp.moments.weight * problem.moment.double() if hp.nullspace.soft and problem.moment is not None else None
+    rows = solve.projected_recognisers(problem.keys, removed, hp.nullspace.l2, held, text)
     return problem.residuals.double().T, rows

@@ -131,24 +131,30 @@ def sequential_residuals(residuals: Tensor, rows: Tensor, keys: Tensor) -> Tenso
     return found
 
 
-def projected_recognisers(keys: Tensor, removed: Tensor, l2: float, fixed: Tensor | None = None) -> Tensor:
-    """AlphaEdit's rows: ``B = [(P (K^T K + F^T F) P + l2 I)^-1 P K^T]^T``, (n, d_in).
+def projected_recognisers(
+    keys: Tensor, removed: Tensor, l2: float, fixed: Tensor | None = None, moment: Tensor | None = None
+) -> Tensor:
+    """AlphaEdit's rows: ``B = [(P (K^T K + F^T F + M) P + l2 I)^-1 P K^T]^T``, (n, d_in).
 
     Args:
         keys: ``K`` (n, d_in).
         removed: orthonormal basis (d_in, m) of the directions that must not change; ``P = I - U U^T``.
         l2: > 0.
         fixed: ``F`` (f, d_in), keys whose output must stay: those of earlier edits and of retained facts, or None.
+        moment: ``M`` (d_in, d_in), weighted second moment of text that counts in the free directions too; None for 0,
+            as published.
 
-    The smaller of the two equivalent systems is solved: (n + f) square, or d_in square when there are more keys than
-    dimensions.
+    Without ``M`` the smaller of the two equivalent systems is solved: (n + f) square, or d_in square when there are
+    more keys than dimensions.
     """
     new = project(keys.double(), removed)
     held = project(fixed.double(), removed) if fixed is not None and len(fixed) else new[:0]
     both = torch.cat([held, new])
     rows, dim = both.shape
-    if rows <= dim:
+    if moment is None and rows <= dim:
         gram = both @ both.T + l2 * torch.eye(rows, dtype=both.dtype, device=both.device)
         return _solve_spd(gram, both)[len(held) :]
     system = both.T @ both + l2 * torch.eye(dim, dtype=both.dtype, device=both.device)
+    if moment is not None:
+        system += project(project(moment.double(), removed).T, removed)
     return _solve_spd(system, new.T).T
