@@ -31,16 +31,31 @@ from editunlearn.hparams import load_hparams, resolved
 DISTRACTION = "My neighbour told me a long story about his garden yesterday. "
 
 
-def wikitext(path: Path, lm: Any, documents: int, length: int) -> list[list[int]]:
-    """Windows of token ids from raw WikiText lines, its spaces before punctuation removed."""
+def passages(path: Path, least: int = 400) -> list[str]:
+    """Of each paragraph of raw WikiText the longest run of sentences without an unknown word, if it is long enough.
+
+    The format's spaces before punctuation are removed. ``least`` is in characters.
+    """
+    found = []
+    for paragraph in path.read_text(encoding="utf-8").split("\n"):
+        runs: list[list[str]] = [[]]
+        for sentence in re.split(r"(?<= [.?!]) ", paragraph.strip()):
+            if "<unk>" in sentence:
+                runs.append([])
+            else:
+                runs[-1].append(sentence)
+        longest = max((" ".join(run) for run in runs), key=len)
+        if len(longest) > least:
+            text = re.sub(r" ([,.;:!?%)])", r"\1", re.sub(r" @(.)@ ", r"\1", longest))
+            found.append(text.replace("( ", "(").replace(" 's", "'s"))
+    return found
+
+
+def wikitext(path: Path, lm: Any, length: int = 200) -> list[list[int]]:
+    """The first ``length`` token ids of each passage."""
     from editunlearn.editors.statistics import windows
 
-    lines = [x.strip() for x in path.read_text(encoding="utf-8").split("\n") if len(x) > 400 and "<unk>" not in x]
-    cleaned = [
-        re.sub(r" ([,.;:!?%)])", r"\1", re.sub(r" @(.)@ ", r"\1", x)).replace("( ", "(").replace(" 's", "'s")
-        for x in lines
-    ]
-    return [next(windows(lm, [text], length, 1 << 30)) for text in cleaned[:documents]]
+    return [next(windows(lm, [text], length, 1 << 30)) for text in passages(path)]
 
 
 def split(facts: list[Fact], sizes: tuple[int, int, int], seed: int) -> tuple[list[Fact], list[Fact], list[Fact]]:
@@ -128,7 +143,7 @@ def main() -> None:
     lm = load(args.model)
     facts = load_facts(args.facts)
     facts = [f for f, known in zip(facts, _known(lm, facts, None), strict=True) if known]
-    text = wikitext(args.text, lm, 40, 200)
+    text = wikitext(args.text, lm)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
     given = {**vars(args), "facts": args.facts.name, "text": args.text.name, "verbose": None}
     words = [[f"--{k}", *map(str, v if isinstance(v, list) else [v])] for k, v in given.items() if v]
