@@ -108,8 +108,7 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> 
 
     card = model_card(delta.manifest, None, [], kind="merged")
     if args.base:
-        gains = merge_folder(args.base, delta, args.out, force=args.force)
-        atomic_write_text(args.out / "README.md", card)
+        gains = merge_folder(args.base, delta, args.out, card=card, force=args.force)
     else:
         if args.model is None:
             args.model, args.revision = delta.manifest.base.name, args.revision or delta.manifest.base.revision

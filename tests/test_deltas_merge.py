@@ -227,6 +227,20 @@ def test_quantised_tensors_are_refused(
         merge_folder(base, samples.delta(lm), tmp_path / "out")
 
 
+def _killed_before_the_card(base: Path, delta: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def replace(source: Any, destination: Any) -> None:
+        if str(destination).endswith("README.md"):
+            raise Killed
+        real(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Killed):
+            merge_folder(base, delta, out, card="# Edited\n")
+
+
 def test_a_killed_merge_goes_on_and_keeps_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.lm("llama")
     base, out = _checkpoint(lm, tmp_path / "base", "30KB"), tmp_path / "out"
@@ -252,7 +266,10 @@ def test_a_killed_merge_goes_on_and_keeps_finished_shards(tmp_path: Path, monkey
     with (out / files[1]).open("r+b") as file:  # one finished shard is damaged meanwhile
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
-    merge_folder(base, delta, out)
+    _killed_before_the_card(base, delta, out, monkeypatch)
+    assert (out / JOURNAL).exists()
+    merge_folder(base, delta, out, card="# Edited\n")
+    assert (out / "README.md").read_text() == "# Edited\n"
     assert {name: (out / name).stat().st_ino == marks[name] for name in files[:3]} == {
         files[0]: True,
         files[1]: False,
@@ -260,7 +277,7 @@ def test_a_killed_merge_goes_on_and_keeps_finished_shards(tmp_path: Path, monkey
     }
     assert not (out / JOURNAL).exists()
     straight = tmp_path / "straight"
-    merge_folder(base, delta, straight)
+    merge_folder(base, delta, straight, card="# Edited\n")
     for path in straight.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
     assert {path.name for path in out.iterdir()} == {path.name for path in straight.iterdir()}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from editunlearn.artifacts import atomic_write_bytes, atomic_write_json, sha256_file, sync
+from editunlearn.artifacts import atomic_write_bytes, atomic_write_json, atomic_write_text, sha256_file, sync
 from editunlearn.deltas import shards
 from editunlearn.deltas.arithmetic import merged_weight, tensor_bytes
 from editunlearn.deltas.build import check_finite
@@ -67,7 +67,7 @@ def _refuse_tied(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def merge_folder(
-    base_dir: str | Path, delta: LowRankDelta, out_dir: str | Path, *, force: bool = False
+    base_dir: str | Path, delta: LowRankDelta, out_dir: str | Path, *, card: str | None = None, force: bool = False
 ) -> dict[str, Gain]:
     """Writes an edited copy of a safetensors checkpoint; in memory is one edited tensor at a time.
 
@@ -78,6 +78,7 @@ def merge_folder(
     Args:
         base_dir: a folder with ``model.safetensors`` or an index.
         out_dir: another folder; made when missing.
+        card: text of ``README.md``, in place of the base model's; part of the merge, which is not done without it.
         force: merge into other weights than the delta was made for.
 
     Returns:
@@ -103,6 +104,8 @@ def merge_folder(
         _write_shard(base, out, file, delta, {n: s for n, s in edited.items() if s.file == file}, journal)
     if (base / shards.INDEX).is_file() and not (base / shards.SINGLE).is_file():
         atomic_write_bytes(out / shards.INDEX, (base / shards.INDEX).read_bytes())
+    if card is not None:
+        atomic_write_text(out / "README.md", card)
     (out / JOURNAL).unlink(missing_ok=True)
     return report
 
