@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SWAPS = 12
 """Other subjects that each forgotten fact's prompt is kept for."""
 
+SIBLINGS = 3
+"""Of so many of these subjects one shares its last word with the forgotten subject, when both have several words."""
+
 PINNED = 3
 """Prompts per fact on which its value keeps the next-token distribution, when ``value.kl`` is not 0."""
 
@@ -100,21 +103,32 @@ def swapped_rows(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: Edit
     """The prompts of ``facts`` with subjects of ``others`` in the place of their own, scored at the last token.
 
     What is forgotten about one subject must not be lost for all: these prompts share every word with a forgotten fact
-    but the name.
+    but the name. Some names are made up: another subject's first words with the last word of the forgotten one, where
+    its key is read, so that one "... Glacier" or "... Jordan" is not taken for another.
     """
-    names = sorted({f.subject for f in others} - {f.subject for f in facts})
+    forgotten = {f.subject for f in facts}
+    names = sorted({f.subject for f in others} - forgotten)
     random.Random(hp.seed).shuffle(names)
     rows = []
     for number in range(min(SWAPS, len(names)) * len(facts)):
         fact = facts[number % len(facts)]
         # one name further after every round, or the same few facts and names would meet again and again
         subject = names[(number + number // len(names)) % len(names)]
+        if (number // len(facts)) % SIBLINGS == SIBLINGS - 1:
+            made_up = _sibling(fact.subject, subject)
+            subject = subject if made_up in forgotten else made_up
         text, start = _swapped(fact, subject)
         prompt = wrap(lm, text, (start, start + len(subject)), question=fact.is_question)
         row = encode(lm, prompt, None, hp.subject_token)
         # any token behind the prompt makes its last position a scored one
         rows.append(replace(row, ids=(*row.ids, row.ids[-1])))
     return rows
+
+
+def _sibling(subject: str, other: str) -> str:
+    """``other`` with the last word of ``subject``, when both have several words."""
+    own, first = subject.split(), other.split()[:-1]
+    return " ".join([*first, own[-1]]) if first and len(own) > 1 else other
 
 
 def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams) -> list[Problem]:
