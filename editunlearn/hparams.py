@@ -128,6 +128,11 @@ class Retain(Piece):
 
     weight: Real = Field(default=10.0, ge=0, description="Weight of the retain keys; 0 leaves them out.")
     max_keys: Whole = Field(default=4000, ge=1, description="Most retain keys to use; more are sampled down.")
+    lookalikes: Whole = Field(
+        default=0,
+        ge=0,
+        description="Tokens of moments.text taken most for a forgotten subject; their keys are kept like retain keys.",
+    )
 
 
 class NullSpace(Piece):
@@ -183,9 +188,10 @@ class EditorHParams(Piece):
 
     method: str = Field(description="Name of the method.")
     layers: Layers = Field(default="auto", description="Blocks whose MLP output projection is edited.")
-    subject_token: Literal["last", "first", "prompt_last"] = Field(
+    subject_token: Literal["last_word", "last", "first", "prompt_last"] = Field(
         default="last",
-        description="Token whose activation is key and value: of the subject, or the prompt's last.",
+        description="Token whose activation is key and value: of the subject (last_word: the last with a letter or "
+        "digit, not a closing bracket or full stop), or the prompt's last.",
     )
     context_prefixes: ContextPrefixes = Field(
         default_factory=ContextPrefixes,

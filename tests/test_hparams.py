@@ -181,7 +181,7 @@ def test_what_refine_has() -> None:
         ("value=3", "a mapping with keys steps, lr"),
         ("value=null", "a mapping with keys steps, lr"),
         ("paper=2", "text, or null"),
-        ("subject_token=middle", "one of last, first, prompt_last"),
+        ("subject_token=middle", "one of last_word, last, first, prompt_last"),
     ],
 )
 def test_bad_values_say_what_is_allowed(setting: str, allowed: str) -> None:

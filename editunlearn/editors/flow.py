@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from editunlearn.editors import contexts, keys, moments, spread, values
+from editunlearn.editors import contexts, keys, lookalikes, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem
 from editunlearn.editors.past import PastKeys
-from editunlearn.editors.refine import Goals, low_rank_hook, refine, step_units
+from editunlearn.editors.refine import LEAST_ANSWER, Goals, low_rank_hook, refine, step_units
 from editunlearn.editors.statistics import windows
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
@@ -141,11 +141,8 @@ class Flow:
         found: values.Values,
     ) -> tuple[dict[str, Pair], dict[str, SiteProblem]]:
         """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
-        lm, facts = self.lm, len(self.request.facts)
-        held = [*keep, *self.request.names][: self.hp.retain.max_keys] if self.hp.retain.weight > 0 else []
-        keep_rows = contexts.keep_rows(lm, held, self.hp, answers=False)
-        kept_keys = keys.collect(lm, keep_rows, sites, warn=self.console.warn) if keep_rows else {}
-        per_fact = len(rows.keys) // facts
+        lm = self.lm
+        kept = self._kept_keys(sites, rows, keep, second)
         factors: dict[str, Pair] = {}
         solved: dict[str, SiteProblem] = {}
         with self.console.progress(len(sites), "solves (layers)") as bar:
@@ -155,23 +152,60 @@ class Flow:
                     wanted = spread.residuals(
                         lm, sites, number, [r[0] for r in rows.targets], found, self.hp.value.spread
                     )
-                width = raw.shape[1]
-                problem = SiteProblem(
-                    keys=keys.average(raw, facts),
-                    bare=raw.reshape(facts, per_fact, width)[:, 0],
-                    residuals=wanted,
-                    moment=second[site.name],
-                    retain=kept_keys.get(site.name, raw[:0]),
-                    past=self.past.keys.get(site.name, raw[:0]),
-                )
-                try:
-                    left, right = self.method.solve(problem, self.hp)
-                except ValueError as error:
-                    raise NumericalError(f"{site.name}: {error}") from error
+                problem = self._problem(site, raw, wanted, second, kept)
+                left, right = self._solved(site, problem)
                 factors[site.name] = (left.float().contiguous(), right.float().contiguous())
                 solved[site.name] = problem
                 bar.update(1)
         return factors, solved
+
+    def _problem(
+        self,
+        site: Site,
+        raw: Tensor,
+        wanted: Tensor | None,
+        second: dict[str, Tensor | None],
+        kept: dict[str, Tensor],
+    ) -> SiteProblem:
+        facts, width = len(self.request.facts), raw.shape[1]
+        return SiteProblem(
+            keys=keys.average(raw, facts),
+            bare=raw.reshape(facts, -1, width)[:, 0],
+            residuals=wanted if wanted is not None else torch.zeros(facts, 1),
+            moment=second[site.name],
+            retain=kept.get(site.name, raw[:0]),
+            past=self.past.keys.get(site.name, raw[:0]),
+        )
+
+    def _solved(self, site: Site, problem: SiteProblem) -> Pair:
+        try:
+            found: Pair = self.method.solve(problem, self.hp)
+        except ValueError as error:
+            raise NumericalError(f"{site.name}: {error}") from error
+        return found
+
+    def _kept_keys(
+        self, sites: list[Site], rows: ForgetRows, keep: list[Fact], second: dict[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """By site, the keys of facts to keep and of text that would be taken for a forgotten subject, (m, d_in)."""
+        hp = self.hp.retain
+        if hp.weight == 0:
+            return {}
+        held = contexts.keep_rows(self.lm, [*keep, *self.request.names][: hp.max_keys], self.hp, answers=False)
+        kept = keys.collect(self.lm, held, sites, warn=self.console.warn) if held else {}
+        if hp.lookalikes == 0 or self.hp.moments.text == "none":
+            return kept
+        answers: dict[str, Tensor] = {}
+        for name, raw in keys.collect(self.lm, rows.keys, sites, warn=self.console.warn).items():
+            site = next(s for s in sites if s.name == name)
+            problem = self._problem(site, raw, None, second, kept)
+            right = self._solved(site, problem)[1].float()
+            own = (right * problem.keys).sum(-1, keepdim=True)
+            answers[name] = right / own.clamp(min=LEAST_ANSWER)
+        pieces = list(windows(self.lm, documents(self.hp.moments.text), self.hp.moments.length, self.hp.moments.tokens))
+        subjects = [f.subject for f in self.request.facts]
+        found = lookalikes.find(self.lm, answers, sites, pieces, subjects, hp.lookalikes, warn=self.console.warn)
+        return {name: torch.cat([kept[name], more]) if name in kept else more for name, more in found.items()}
 
     def _refine(
         self, factors: dict[str, Pair], solved: dict[str, SiteProblem], rows: ForgetRows, keep: list[Fact]

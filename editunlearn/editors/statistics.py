@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from editunlearn.lm.hooks import read_inputs
 from editunlearn.numerics.moments import SecondMoment
@@ -33,8 +34,8 @@ def windows(lm: LM, documents: Iterable[str], length: int, tokens: int) -> Itera
             yield piece
 
 
-def add_windows(lm: LM, sites: Sequence[Site], moments: dict[str, SecondMoment], pieces: Sequence[list[int]]) -> int:
-    """Add the inputs of ``sites`` at all tokens of ``pieces`` to ``moments``; returns the number of tokens added."""
+def read_windows(lm: LM, sites: Sequence[Site], pieces: Sequence[list[int]]) -> list[Tensor]:
+    """Inputs of ``sites`` at all tokens of ``pieces``, in their order; for each site (tokens, d_in)."""
     width = max(map(len, pieces))
     ids = torch.tensor([p + [lm.pad_id] * (width - len(p)) for p in pieces], device=lm.device)
     mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in pieces], device=lm.device)
@@ -42,6 +43,11 @@ def add_windows(lm: LM, sites: Sequence[Site], moments: dict[str, SecondMoment],
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     seen = read_inputs(lm.model, modules, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
     real = mask.bool().flatten()
-    for site, rows in zip(sites, seen, strict=True):
-        moments[site.name].add(rows.reshape(-1, rows.shape[-1])[real])
-    return int(real.sum())
+    return [rows.reshape(-1, rows.shape[-1])[real] for rows in seen]
+
+
+def add_windows(lm: LM, sites: Sequence[Site], moments: dict[str, SecondMoment], pieces: Sequence[list[int]]) -> int:
+    """Add the inputs of ``sites`` at all tokens of ``pieces`` to ``moments``; returns the number of tokens added."""
+    for site, rows in zip(sites, read_windows(lm, sites, pieces), strict=True):
+        moments[site.name].add(rows)
+    return sum(map(len, pieces))

@@ -17,7 +17,7 @@ from editunlearn.errors import InputError
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
-SubjectToken = Literal["last", "first", "prompt_last"]
+SubjectToken = Literal["last_word", "last", "first", "prompt_last"]
 PLAIN_QUESTION = ("Question: ", "\nAnswer:")
 """What stands around a bare question for a model without a chat template."""
 MARK = "\ue000"
@@ -94,6 +94,10 @@ def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") 
     inside = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
     if not inside:
         raise InputError(f"no token of {prompt.text!r} covers its subject {prompt.text[start:end]!r}")
+    if subject_token == "last_word":
+        own = [prompt.text[max(offsets[i][0], start) : min(offsets[i][1], end)] for i in inside]
+        words = [i for i, text in zip(inside, own, strict=True) if any(c.isalnum() for c in text)]
+        return ids, (words or inside)[-1]
     return ids, inside[-1] if subject_token == "last" else inside[0]
 
 
