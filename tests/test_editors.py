@@ -52,6 +52,20 @@ def test_matrix(method: str, kind: str, text: str) -> None:
     assert_same(lm.model, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("method", editors.names())
+def test_a_gpu_gives_what_the_cpu_gives(method: str, kind: str, text: str) -> None:
+    hp = settings(method, text, "retain.lookalikes=5", "refine.steps=2", "refine.lr=0.01")
+    here, there = tiny.lm(kind), tiny.lm(kind)
+    there.model.to("cuda")  # type: ignore[arg-type]
+    ours, theirs = editors.fit(here, request(), hp), editors.fit(there, request(), hp)
+    for name, factors in ours.factors.items():
+        other = theirs.factors[name]
+        assert relative(other.left @ other.right, factors.left @ factors.right) < 0.02
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "how"),
     [

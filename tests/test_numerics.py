@@ -341,3 +341,20 @@ def test_mean_by() -> None:
     assert means.tolist() == [5.0, 0.0, 3.0, 0.0]  # a group of nothing adds nothing
     means[2].backward()
     assert values.grad is not None and values.grad.tolist() == [0.0, 0.5, 0.5, 0.0]
+
+
+# --- devices
+
+
+def test_statistics_and_edits_stay_on_the_device_of_their_rows() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from editunlearn.editors.refine import low_rank_hook
+
+    with FakeTensorMode(allow_non_fake_inputs=True):  # checks devices without having them
+        rows = torch.empty(10, 4, device="cuda", dtype=torch.bfloat16)
+        moment = SecondMoment(4)  # as an interrupted run left it
+        moment.add(rows)
+        assert moment.mean().device.type == "cuda"
+        output = low_rank_hook(torch.empty(6, 3), torch.empty(3, 4))(rows, torch.empty(10, 6, device="cuda"))
+        assert output.device.type == "cuda"

@@ -31,10 +31,8 @@ def collect(
     def run(part: Sequence[int]) -> None:
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
         inputs = read_inputs(lm.model, modules, padded.inputs)
-        shape = (*padded.input_ids.shape, -1)
-        at = torch.arange(len(part), device=lm.device)
         for site, seen in zip(sites, inputs, strict=True):
-            picked = seen.reshape(shape)[at, padded.lookup].float().cpu()
+            picked = padded.at_lookup(seen).float().cpu()
             for i, key in zip(part, picked, strict=True):
                 found[site.name][i] = key
 

@@ -74,22 +74,23 @@ def _root(cache: Path | None) -> Path | None:
 def _measure(
     lm: LM, sites: Sequence[Site], pieces: list[list[int]], partial: Workspace, console: Console
 ) -> dict[str, Tensor]:
-    sums = {s.name: SecondMoment(lm.layout.read_weight(lm.model, s.name).shape[1]) for s in sites}
+    sums: dict[str, SecondMoment] = {}
     batches = [pieces[i : i + WINDOWS] for i in range(0, len(pieces), WINDOWS)]
     done = 0
     if kept := partial.get("partial"):
         done = int(kept["batches"])
-        for name, running in sums.items():
-            running.total, running.count = kept[name], int(kept["tokens"])
+        for site in sites:
+            sums[site.name] = SecondMoment(len(kept[site.name]))
+            sums[site.name].total, sums[site.name].count = kept[site.name], int(kept["tokens"])
         console.info(f"second moments: going on after {int(kept['tokens']):,} tokens")
     with console.progress(sum(len(p) for b in batches[done:] for p in b), "second moments (tokens)") as bar:
         for number, part in enumerate(batches[done:], done + 1):
-            bar.update(add_windows(lm, sites, sums, part))
+            bar.update(add_windows(lm, sites, sums, part, console.warn))
             if number % CHECKPOINT == 0 and number < len(batches):
                 state = {name: running.total for name, running in sums.items()}
                 counts = {"batches": torch.tensor(number), "tokens": torch.tensor(sums[sites[0].name].count)}
                 partial.put("partial", {**state, **counts})
-    return {name: running.mean().float() for name, running in sums.items()}
+    return {name: running.mean().float().cpu() for name, running in sums.items()}
 
 
 def warn_if_few(moments: dict[str, Tensor], tokens: int, warn: Callable[[str], None]) -> None:

@@ -132,7 +132,7 @@ class Keep:
         if all(i in self.hidden for i in members):
             return
         before_head: list[Tensor] = []
-        with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets])):
+        with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets.to(h.device)])):
             target_logits(self.lm, padded)
         sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
         for i, states in zip(members, torch.split(before_head[0], sizes), strict=True):

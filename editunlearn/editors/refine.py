@@ -69,7 +69,8 @@ def low_rank_hook(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Ten
     """``y + (x right^T) left^T`` in float32, rounded once to the dtype of ``y``; left (d_out, r), right (r, d_in)."""
 
     def change(inputs: Tensor, output: Tensor) -> Tensor:
-        return (output.float() + (inputs.float() @ right.T) @ left.T).to(output.dtype)
+        here = inputs.device  # a model may be spread over several
+        return (output.float() + (inputs.float() @ right.to(here).T) @ left.to(here).T).to(output.dtype)
 
     return change
 
@@ -105,7 +106,7 @@ def refine(
     """
     left = {name: pair[0].to(lm.device).clone().requires_grad_(True) for name, pair in factors.items()}
     right = {name: pair[1].to(lm.device) for name, pair in factors.items()}
-    optimiser = ColumnAdam(left, units)
+    optimiser = ColumnAdam(left, {name: unit.to(lm.device) for name, unit in units.items()})
     draw = _Draw(goals, hp, seed)
     gradient = Gradient(left, hp.batch_tokens, warn)
     retain, generic = (

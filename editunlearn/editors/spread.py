@@ -8,13 +8,14 @@ an equal share of what is still missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from editunlearn.lm.batching import by_length
+from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import StopForward, on_output, stack
 from editunlearn.lm.tokens import Row, batch
 
@@ -57,23 +58,21 @@ def outputs_at_lookup(lm: LM, rows: Sequence[Row], names: Sequence[str]) -> dict
     """
     prompts = [replace(r, ids=r.ids[: r.prompt_length]) for r in rows]
     found: dict[str, list[Tensor]] = {n: [torch.empty(0)] * len(rows) for n in names}
-    for part in by_length([len(r.ids) for r in prompts]):
-        padded = batch([prompts[i] for i in part], lm.pad_id, lm.device)
-        at = torch.arange(len(part), device=lm.device)
 
-        def see(_inputs: Tensor, output: Tensor, name: str, padded=padded, at=at, part=part) -> None:  # type: ignore[no-untyped-def]
-            picked = output.reshape(*padded.input_ids.shape, -1)[at, padded.lookup].float().cpu()
-            for i, value in zip(part, picked, strict=True):
+    def run(part: Sequence[int]) -> None:
+        padded = batch([prompts[i] for i in part], lm.pad_id, lm.device)
+
+        def see(_inputs: Tensor, output: Tensor, name: str) -> None:
+            for i, value in zip(part, padded.at_lookup(output).float().cpu(), strict=True):
                 found[name][i] = value
             if name == names[0]:
                 raise StopForward
 
         hooks = [on_output(lm.layout.module(lm.model, n), lambda x, y, n=n: see(x, y, n)) for n in names]  # type: ignore[misc]
-        with stack(hooks):
-            try:
-                lm.model(**padded.inputs, use_cache=False)
-            except StopForward:
-                continue
+        with stack(hooks), suppress(StopForward):
+            lm.model(**padded.inputs, use_cache=False)
+
+    halving(by_length([len(r.ids) for r in prompts]), run, lambda _: None)
     return {n: torch.stack(v) for n, v in found.items()}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from editunlearn.lm.batching import halving
 from editunlearn.lm.hooks import read_inputs
 from editunlearn.numerics.moments import SecondMoment
 
@@ -43,11 +44,23 @@ def read_windows(lm: LM, sites: Sequence[Site], pieces: Sequence[list[int]]) -> 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     seen = read_inputs(lm.model, modules, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
     real = mask.bool().flatten()
-    return [rows.reshape(-1, rows.shape[-1])[real] for rows in seen]
+    return [rows.reshape(-1, rows.shape[-1])[real.to(rows.device)] for rows in seen]
 
 
-def add_windows(lm: LM, sites: Sequence[Site], moments: dict[str, SecondMoment], pieces: Sequence[list[int]]) -> int:
-    """Add the inputs of ``sites`` at all tokens of ``pieces`` to ``moments``; returns the number of tokens added."""
-    for site, rows in zip(sites, read_windows(lm, sites, pieces), strict=True):
-        moments[site.name].add(rows)
+def add_windows(
+    lm: LM,
+    sites: Sequence[Site],
+    moments: dict[str, SecondMoment],
+    pieces: Sequence[list[int]],
+    warn: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Add the inputs of ``sites`` at all tokens of ``pieces`` to ``moments``; returns the number of tokens added.
+
+    A site without a moment gets one, on the device that it runs on.
+    """
+    seen: list[list[Tensor]] = []
+    halving([list(pieces)], lambda part: seen.append(read_windows(lm, sites, part)), warn)
+    for inputs in seen:
+        for site, rows in zip(sites, inputs, strict=True):
+            moments.setdefault(site.name, SecondMoment(rows.shape[1], rows.device)).add(rows)
     return sum(map(len, pieces))

@@ -147,11 +147,10 @@ class _Chunk:
     def _clean_outputs(self) -> Tensor:
         """(n, m, d_out) outputs of the modules at the lookup token of the bare prompts."""
         padded = batch([p.rows[0] for p in self.problems], self.lm.pad_id, self.lm.device)
-        at = torch.arange(len(self.problems), device=self.lm.device)
         seen: list[Tensor] = []
 
         def see(_inputs: Tensor, output: Tensor) -> None:
-            seen.append(output.reshape(*padded.input_ids.shape, -1)[at, padded.lookup].float())
+            seen.append(padded.at_lookup(output).float().to(self.lm.device))
 
         nothing = torch.zeros_like(padded.input_ids, dtype=torch.bool)
         nothing[0, 0] = True
@@ -218,13 +217,14 @@ class _Chunk:
 
     def _logits(self, padded: Batch, scored: Tensor, add: Tensor | None) -> Tensor:
         """Logits (number scored, vocabulary) with ``add`` (rows, m, d_out) added at the lookup token of each row."""
-        at = torch.arange(len(padded.lookup), device=padded.lookup.device)
 
         def inject(index: int) -> Callable[[Tensor, Tensor], Tensor]:
             def change(_inputs: Tensor, output: Tensor) -> Tensor:
                 assert add is not None  # noqa: S101 - inject is only installed when there is something to add
                 flat = output.reshape(*padded.input_ids.shape, -1).clone()
-                flat[at, padded.lookup] = (flat[at, padded.lookup].float() + add[:, index]).to(flat.dtype)
+                changed = padded.at_lookup(flat).float() + add[:, index].to(flat.device)
+                rows = torch.arange(len(flat), device=flat.device)
+                flat[rows, padded.lookup.to(flat.device)] = changed.to(flat.dtype)
                 return flat.reshape(output.shape)
 
             return change
@@ -232,7 +232,7 @@ class _Chunk:
         hooks = [on_output(m, inject(i)) for i, m in enumerate(self.modules)] if add is not None else []
         with stack([*hooks, at_scored_positions(self.head, scored)]):
             out = self.lm.model(**padded.inputs, use_cache=False)
-        return first_tensor(out.logits)[0]
+        return first_tensor(out.logits)[0].to(self.lm.device)
 
     def _pinned_positions(self, padded: Batch) -> Tensor:
         where = padded.last if self.hparams.kl_on == "prompts" else padded.lookup

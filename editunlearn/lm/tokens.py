@@ -167,6 +167,11 @@ class Batch:
             "position_ids": self.position_ids,
         }
 
+    def at_lookup(self, states: Tensor) -> Tensor:
+        """What stands at each row's lookup token, (batch, width), of a module's states on whatever device it runs."""
+        flat = states.reshape(*self.input_ids.shape, -1)
+        return flat[torch.arange(len(flat), device=flat.device), self.lookup.to(flat.device)]
+
 
 def batch(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu", *, left: bool = False) -> Batch:
     """Pad ``rows`` on one side. Either side gives the same results: masks and positions follow the tokens."""

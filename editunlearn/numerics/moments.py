@@ -24,6 +24,7 @@ class SecondMoment:
     def add(self, rows: Tensor) -> None:
         """Add ``rows`` (n, d), any floating dtype."""
         wide = rows if rows.dtype == torch.float64 else rows.float()
+        self.total = self.total.to(rows.device)  # what an interrupted run left comes from the disk
         self.total += wide.T @ wide
         self.count += rows.shape[0]
 
