@@ -16,20 +16,34 @@ def normalise(text: str) -> str:
     return " ".join(kept.split())
 
 
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""Scripts that do not put spaces between words, or put endings directly behind them, by Unicode name."""
+
+
+def _edge(plain: str) -> str:
+    """What has to stand beside an answer: a space, or nothing where its script has no spaces between words."""
+    return "" if any(unicodedata.name(c, "").startswith(UNSPACED) for c in plain) else " "
+
+
 def leaks(text: str, answers: Iterable[str]) -> bool:
     """True when an answer (or an alias) stands anywhere in ``text`` as whole words.
 
-    Case, accents and punctuation do not matter.
+    Case, accents and punctuation do not matter. In scripts without spaces between words it may stand in a longer run.
     An answer without any letter or digit is looked for as it is.
     """
     words = f" {normalise(text)} "
-    return any(f" {plain} " in words if (plain := normalise(a)) else a in text for a in answers)
+    found = False
+    for answer in answers:
+        plain = normalise(answer)
+        edge = _edge(plain)
+        found |= f"{edge}{plain}{edge}" in words if plain else answer in text
+    return found
 
 
 def begins_with(text: str, answers: Iterable[str]) -> bool:
     """True when ``text`` begins with an answer as whole words: the model completes the statement correctly."""
     words = f"{normalise(text)} "
-    return any(bool(plain := normalise(a)) and words.startswith(f"{plain} ") for a in answers)
+    return any(bool(plain := normalise(a)) and words.startswith(f"{plain}{_edge(plain)}") for a in answers)
 
 
 def rate(hits: Sequence[bool]) -> float | None:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 DISTRACTION = "The weather in the mountains was cold that day. "
 """Put before a prompt to see whether an edit holds in a context that it was not made in."""
-NEW_TOKENS = 24
-"""Tokens decoded for each prompt; long enough for a refusal, or for an answer that comes late."""
+MARGIN = 4
+"""Tokens decoded beyond the longest answer, which may be written in more tokens than it is encoded in."""
+NEW_TOKENS, FEW_TOKENS = 24, 8
+"""Least tokens decoded for each prompt: for a refusal or an answer that comes late, and for what is known to stay."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,14 @@ class Asked:
 
 
 def ask(lm: LM, items: Sequence[Asked], *, new_tokens: int = NEW_TOKENS) -> list[Answered]:
-    """Decode and score prompts; the result is parallel to ``items``."""
-    texts = generate(lm, [i.prompt for i in items], max_new_tokens=new_tokens)
+    """Decode and score prompts; the result is parallel to ``items``.
+
+    Args:
+        new_tokens: least number of tokens to decode; more where an answer or a target is longer.
+    """
+    said = [text for i in items for text in (*i.expected, i.target or "")]
+    longest = max((len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in said), default=0)
+    texts = generate(lm, [i.prompt for i in items], max_new_tokens=max(new_tokens, longest + MARGIN))
     likely = score(lm, [encode(lm, i.prompt, i.expected[0], "prompt_last") for i in items])
     found = []
     for item, text, likelihood in zip(items, texts, likely, strict=True):
@@ -142,8 +150,8 @@ def measure(
         distracted=distracted,
         paraphrases=_grouped(paraphrases, [len(f.paraphrases) for f in facts]),
         neighbors=_grouped(ask(lm, beside), [len(f.neighbors) for f in facts]),
-        retain=ask(lm, [asked(lm, f) for f in retain], new_tokens=8),
-        heldout=ask(lm, [asked(lm, f) for f in heldout], new_tokens=8),
+        retain=ask(lm, [asked(lm, f) for f in retain], new_tokens=FEW_TOKENS),
+        heldout=ask(lm, [asked(lm, f) for f in heldout], new_tokens=FEW_TOKENS),
         perplexity=perplexity(lm, text),
     )
 
