@@ -290,7 +290,7 @@ def _by_method(work: _Work, method: str) -> None:
     """What each algorithm does without a setting for it."""
     always: dict[str, Any] = {}
     if method in ("rome", "r_rome"):
-        always["moments.weight"] = 1
+        always |= {"moments.weight": 1, "value.spread": "joint"}
     else:
         always |= {"context_prefixes.count": 5, "context_prefixes.tokens": 10}
     if method == "alphaedit":

@@ -52,3 +52,22 @@ def test_check_source_reads_no_hub_dataset(tmp_path: Path) -> None:
     path.write_text("nothing")
     with pytest.raises(InputError, match=":1: not a JSON object"):
         check_source(str(path))
+
+
+def test_what_is_wrong_with_a_text_is_found_before_it_is_used(tmp_path: Path) -> None:
+    def problem(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError) as error:
+            check_source(str(tmp_path / name))
+        return str(error.value)
+
+    assert "has no text in it" in problem("empty.txt", b"") and "has no text" in problem("blank.jsonl", b"\n \n")
+    assert "latin.txt: not UTF-8 (byte 3)" in problem("latin.txt", "caf\u00e9".encode("latin-1"))
+    assert "late.jsonl:2: not a JSON object" in problem("late.jsonl", b'{"text": "one"}\n{"txt": "two"}\n')
+
+
+def test_marks_and_separators_do_not_break_lines(tmp_path: Path) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "one\u2028two"}, ensure_ascii=False).encode())
+    check_source(str(path))
+    assert list(documents(str(path))) == ["one\u2028two"]

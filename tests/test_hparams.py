@@ -50,7 +50,8 @@ def test_every_shipped_file_loads_for_every_model_type(name: str, model_type: st
 def test_every_method_has_a_tuned_and_a_published_file(method: str) -> None:
     tuned, paper = load_hparams(method), load_hparams(f"paper/{method}")
     assert tuned.value.scale == "relative" and tuned.refine is not None
-    assert (paper.value.scale, paper.value.penalty, paper.value.spread) == ("absolute", "norm", "residual")
+    where = "joint" if method in ("rome", "r_rome") else "residual"  # ROME's value is of the MLP's output
+    assert (paper.value.scale, paper.value.penalty, paper.value.spread) == ("absolute", "norm", where)
     assert paper.value.kl_on == "subject" and paper.refine is None and paper.retain.weight == 0
 
 

@@ -123,6 +123,7 @@ def test_what_they_always_do_is_listed() -> None:
     assert always["value.scale"] == "absolute" and always["refine"] is None
     assert always["value.spread"] == "residual" and always["value.penalty"] == "norm"
     assert always["value.kl_on"] == "subject" and always["nullspace.relative"] is False
+    assert hparams_easyedit.read(ROME).mapping["value"]["spread"] == "joint"  # its value is of the MLP's output
     assert ("(no alg_name)", "method; alphaedit") in [(row.theirs, row.ours) for row in translation.rows]
 
 

@@ -181,7 +181,8 @@ class _Chunk:
                     "try a smaller value.lr or float32"
                 )
             loss[active] = nll.detach().cpu()
-            keep = [i for i in range(len(active)) if nll[i] >= hp.stop_loss]
+            reached = total if hp.penalty == "norm" else nll  # as published, the penalties count
+            keep = [i for i in range(len(active)) if reached[i] >= hp.stop_loss]
             if iteration == hp.steps or not keep:
                 break
             (grad,) = torch.autograd.grad(total.sum(), now)

@@ -44,12 +44,21 @@ def documents(source: str, part: Part = "statistics") -> Iterator[str]:
 
 def check_source(source: str) -> None:
     """Raise InputError now if ``source`` cannot be read; hub datasets are only checked for their form."""
-    if source not in ("general", "none") and not (source.count(":") == 2 and "/" in source.split(":")[0]):
-        next(documents(source), None)
+    if source in ("general", "none") or (source.count(":") == 2 and "/" in source.split(":")[0]):
+        return
+    if not sum(bool(text.strip()) for text in documents(source)):  # reads it all: a bad line may be the last
+        raise InputError(f"moments.text: {source!r} has no text in it.")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); convert it, for example with iconv.") from None
 
 
 def _jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # JSON strings may hold other line separators
         if not line.strip():
             continue
         try:
@@ -60,7 +69,7 @@ def _jsonl(path: Path) -> Iterator[str]:
 
 
 def _plain(path: Path) -> Iterator[str]:
-    for block in path.read_text(encoding="utf-8").split("\n\n"):
+    for block in _read(path).split("\n\n"):
         if block.strip():
             yield block.strip()
 
@@ -74,4 +83,6 @@ def _hub(source: str) -> Iterator[str]:
     except Exception as error:  # the datasets library raises many kinds for "cannot be reached"
         raise InputError(f"moments.text: cannot open the dataset {source!r}: {error}") from error
     for row in rows:
+        if "text" not in row:
+            raise InputError(f"moments.text: rows of {source!r} have no 'text' field, but {', '.join(sorted(row))}.")
         yield str(row["text"])
