@@ -212,7 +212,7 @@ def run(args: argparse.Namespace, made: Plan, console: Console, command: str) ->
     """Load, forget, save, show; ``command`` goes to the model card."""
     from editunlearn import reporting
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import Stages, clean, forget
+    from editunlearn.pipeline import Stages, forget
 
     stages = Stages()
     with stages.timed("load"):
@@ -231,13 +231,12 @@ def run(args: argparse.Namespace, made: Plan, console: Console, command: str) ->
         evaluate=args.evaluate == "facts",
         fresh=args.fresh,
         store_facts=args.store_facts,
-        keep_work=True,
+        save_delta=False,
         console=console,
     )
     stages.seconds.update(outcome.stages.seconds)
     with stages.timed("save"):
-        reporting.write(outcome, lm, made, stages, command, console)
-        clean(made.out)
+        reporting.write(outcome, lm, made, stages, command, console, store_facts=args.store_facts)
     reporting.show(console, outcome, made, stages)
 
 

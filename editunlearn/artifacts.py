@@ -71,6 +71,17 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
     atomic_write_bytes(path, json_bytes(value))
 
 
+def cached_json(path: Path | None, kind: type) -> Any:
+    """What a cache file holds, or None: there is none, or it is damaged or no ``kind``, and is made anew."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # JSON and UTF-8 errors are of this kind
+        return None
+    return found if isinstance(found, kind) else None
+
+
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yields a temporary folder to fill; it becomes ``path``, replacing what was there, when the block ends

@@ -106,7 +106,7 @@ def load_settings(args: argparse.Namespace, config: Any, console: Console) -> Ed
 
 
 def check_settings(hp: EditorHParams, config: Any, layers: Sequence[int] | None = None) -> None:
-    """Raise InputError unless a model of this configuration has the layers, and the text for moments is there."""
+    """Raise InputError unless a model of this configuration has the layers and the length, and the text is there."""
     from editunlearn import editors
     from editunlearn.facts.text import check_source
     from editunlearn.lm.layout import resolve_layers, text_config
@@ -114,9 +114,20 @@ def check_settings(hp: EditorHParams, config: Any, layers: Sequence[int] | None 
     checks = Checks()
     checks.run(lambda: check_source(hp.moments.text))
     count = getattr(text_config(config), "num_hidden_layers", None) if config is not None else None
+    checks.run(lambda: _check_lengths(hp, config))
     if count:
         checks.run(lambda: resolve_layers(layers or hp.layers, count, editors.module(hp.method).DEFAULT_LAYERS))
     checks.finish()
+
+
+def _check_lengths(hp: EditorHParams, config: Any) -> None:
+    from editunlearn.lm.layout import text_config
+
+    most = getattr(text_config(config), "max_position_embeddings", None) if config is not None else None
+    lengths = {"moments.length": hp.moments.length, "refine.text_length": hp.refine.text_length if hp.refine else 0}
+    wrong = [f"{key} is {length}; this model takes {most} tokens at most." for key, length in lengths.items()]
+    if most and max(lengths.values()) > most:
+        raise InputError([w for w, length in zip(wrong, lengths.values(), strict=True) if length > most])
 
 
 def check_model(args: argparse.Namespace) -> Any:
@@ -176,8 +187,11 @@ class Checks:
         try:
             return check()
         except InputError as error:
-            self.problems += [p for p in error.problems if p not in self.problems]
-            return None
+            found = error.problems
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            found = [f"{str(error.filename or '')[:200]}: {error.strerror or error}. Check the path."]
+        self.problems += [p for p in found if p not in self.problems]
+        return None
 
     def finish(self) -> None:
         """Raise InputError with everything that was found, if anything was."""

@@ -25,6 +25,7 @@ from editunlearn.errors import InputError
 if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.manifest import BaseModelRecord
 
 EXAMPLES = """\
   editunlearn export --delta runs/memit --to merged --out merged/            an ordinary model folder
@@ -71,6 +72,8 @@ def _main(argv: Sequence[str]) -> None:
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.run(lambda: _check_empty(args.out, JOURNAL))
     checks.run(lambda: _check_flags(args))
+    if delta is not None:
+        checks.run(lambda made_on=delta.manifest.base: _check_base(args, made_on))  # type: ignore[misc]
     checks.finish()
     assert delta is not None  # noqa: S101 - finish() raised otherwise
     for other in others:
@@ -96,8 +99,28 @@ def _check_empty(out: Path, journal: str) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    if args.base and args.to != "merged":
-        raise InputError(f"--base is for --to merged; --to {args.to} needs no model.")
+    from editunlearn.deltas.lora import check_rank
+
+    if args.to != "merged":
+        given = [f for f in ("base", "model", "revision") if getattr(args, f)]
+        if given:
+            raise InputError(f"--{given[0]} is for --to merged; --to {args.to} needs no model.")
+    if args.to == "lora":
+        check_rank(args.max_rank)
+
+
+def _check_base(args: argparse.Namespace, made_on: BaseModelRecord) -> None:
+    """What the delta is to be merged into is there; no weights are read."""
+    from editunlearn.deltas.shards import read_checkpoint
+
+    if args.to != "merged":
+        return
+    if args.base:
+        read_checkpoint(Path(args.base))
+        return
+    if args.model is None:
+        args.model, args.revision = made_on.name, args.revision or made_on.revision
+    check_model(args)
 
 
 def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
@@ -110,9 +133,6 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> 
     if args.base:
         gains = merge_folder(args.base, delta, args.out, card=card, force=args.force)
     else:
-        if args.model is None:
-            args.model, args.revision = delta.manifest.base.name, args.revision or delta.manifest.base.revision
-        check_model(args)
         lm = load_model(args)
         gains = merge(lm, delta, force=args.force)
         with atomic_dir(args.out) as folder:
@@ -128,13 +148,14 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> 
 
 
 def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
-    from editunlearn.artifacts import atomic_write_text
+    from editunlearn.artifacts import atomic_dir, atomic_write_text
     from editunlearn.deltas.card import model_card
     from editunlearn.deltas.lora import export_lora
 
     base = delta.manifest.base
-    made = export_lora(delta, args.out, base.name, revision=base.revision, max_rank=args.max_rank)
-    atomic_write_text(args.out / "README.md", model_card(delta.manifest, None, [], kind="lora"))
+    with atomic_dir(args.out) as folder:
+        made = export_lora(delta, folder, base.name, revision=base.revision, max_rank=args.max_rank)
+        atomic_write_text(folder / "README.md", model_card(delta.manifest, None, [], kind="lora"))
     for name, share in made.discarded.items():
         console.warn(f"{name}: {share:.2%} of the edit was cut off to rank {made.rank}")
     console.result(f"LoRA of rank {made.rank} in {args.out}; vLLM: {made.vllm_flags}")
@@ -142,9 +163,11 @@ def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> No
 
 
 def _delta(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+    from editunlearn.artifacts import atomic_dir
     from editunlearn.deltas.files import save
 
-    save(delta, args.out)
+    with atomic_dir(args.out) as folder:
+        save(delta, folder)
     console.result(f"delta with {delta.manifest.fact_count} facts in {args.out}")
     console.result_json({"facts": delta.manifest.fact_count, "sites": len(delta.factors), "rank": delta.rank})
     console.next_step(

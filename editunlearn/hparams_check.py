@@ -246,5 +246,8 @@ def _piece(schema: type[BaseModel], path: Keys) -> type[BaseModel] | None:
 
 def _shown(value: Any) -> str:
     """A value as it would stand in the file, cut to a readable length."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        text = f"a number of {value.bit_length() if isinstance(value, int) else 'many'} bits"
     return text if len(text) <= 80 else text[:77] + "..."

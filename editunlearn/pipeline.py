@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -36,6 +35,8 @@ WORK = ".work"
 """Folder in a run directory with the finished stages of an unfinished run."""
 DERIVED = ("lora", "merged")
 """Folders in a run directory that are made from its delta."""
+FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "results.json", "timing.json")
+"""Files of a run directory beside the manifest, which is written last."""
 
 
 @dataclass
@@ -87,7 +88,7 @@ def forget(
     evaluate: bool = True,
     fresh: bool = False,
     store_facts: bool = False,
-    keep_work: bool = False,
+    save_delta: bool = True,
     console: Console | None = None,
 ) -> Outcome:
     """Make ``lm`` forget ``facts`` and measure it; the model itself is unchanged when this returns.
@@ -95,14 +96,14 @@ def forget(
     Args:
         retain: facts that must stay; the shipped general facts always count too.
         targets: what to say instead: ``refusal``, ``refusal:TEXT``, ``empty``, ``random`` or ``counterfactual``.
-        out: the delta is saved here, and unfinished work kept here, so that the same call goes on after a kill.
+        out: the delta is saved here, and finished stages kept here, so that the same call goes on after a kill.
         cache: folder for statistics; default :func:`editunlearn.lm.loading.default_cache_dir`.
         past: keys of earlier edits to preserve.
         evaluate: decode and score before and after.
         fresh: start over instead of going on.
         store_facts: keep the text of the facts in ``delta.json``.
-        keep_work: leave the finished stages in ``out``, for a caller that has more to write there and then calls
-            ``clean``.
+        save_delta: False leaves only the finished stages in ``out``, for a caller that has more to write there between
+            ``make_room`` and ``finish``.
 
     Raises:
         InputError: bad facts, targets or settings.
@@ -110,7 +111,6 @@ def forget(
     """
     from editunlearn import editors
     from editunlearn.console import Console
-    from editunlearn.deltas.files import save
     from editunlearn.evaluation import scoring
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.workspace import Workspace
@@ -118,7 +118,9 @@ def forget(
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
     filled = fill_targets(facts, targets, seed=hp.seed, pool=[*facts, *retain] if targets == "random" else None)
-    kept = _without(retain, filled, console, "retain facts")
+    prompts = {comparable(f.prompt) for f in filled}
+    retain = [f for f in retain if comparable(f.prompt) not in prompts]
+    kept = _without(retain, filled, console)
     with stages.timed("known facts"):
         general = general_facts(lm, filled, kept, cache, console)
     heldout = general.heldout
@@ -128,7 +130,7 @@ def forget(
     if evaluate:
         with stages.timed("before"):
             console.info(f"before: decoding {len(filled)} facts, their paraphrases and {len(heldout)} held-out facts")
-            before = _finite(scoring.measure(lm, filled, kept, heldout, text), lm, "before")
+            before = _finite(scoring.measure(lm, filled, retain, heldout, text), lm, "before")
         _warn_unknown(filled, before, console)
     inputs = run_inputs(lm, request, hp, targets, past)
     work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
@@ -147,17 +149,22 @@ def forget(
     if evaluate:
         with stages.timed("after"), delta.applied(lm):
             console.info("after: the same with the edit merged")
-            after = _finite(scoring.measure(lm, filled, kept, heldout, text), lm, "after")
-    if out is not None:
-        _remove_stale(out, delta)
-        save(delta, out, filled if store_facts else None)
-        if not keep_work:
-            clean(out)
+            after = _finite(scoring.measure(lm, filled, retain, heldout, text), lm, "after")
+    if out is not None and save_delta:
+        make_room(out, delta)
+        finish(out, delta, filled if store_facts else None)
     return Outcome(delta, request, extended, before, after, stages)
 
 
-def clean(out: Path) -> None:
-    """Remove finished stages from a run directory, and what killed runs left there half-written."""
+def finish(out: Path, delta: LowRankDelta, facts: Sequence[Fact] | None) -> None:
+    """Save the delta, the last of a run's files, and remove its stages and what killed runs left half-written.
+
+    Args:
+        facts: their text is kept in the manifest.
+    """
+    from editunlearn.deltas.files import save
+
+    save(delta, out, facts)
     for path in (out / WORK, *out.glob(".*.tmp-*")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -186,8 +193,8 @@ def _warn_unknown(facts: Sequence[Fact], before: Scores, console: Console) -> No
         )
 
 
-def _remove_stale(out: Path, delta: LowRankDelta) -> None:
-    """What an earlier run made of another delta does not stay beside this one."""
+def make_room(out: Path, delta: LowRankDelta) -> None:
+    """Remove what an earlier run made of another delta, its manifest first: what has none is not complete."""
     from editunlearn.deltas.files import MANIFEST, load_manifest
 
     if not (out / MANIFEST).is_file():
@@ -197,6 +204,8 @@ def _remove_stale(out: Path, delta: LowRankDelta) -> None:
     except InputError:
         there = None
     if there is None or there.with_sites(there.sites) != delta.manifest:
+        for name in (MANIFEST, *FILES):
+            (out / name).unlink(missing_ok=True)
         for name in DERIVED:
             shutil.rmtree(out / name, ignore_errors=True)
 
@@ -208,6 +217,7 @@ def run_inputs(
     import torch
 
     from editunlearn import __version__
+    from editunlearn.artifacts import sha256_file
     from editunlearn.editors.moments import tokenizer_hash
     from editunlearn.hparams import resolved
     from editunlearn.lm.fingerprint import model_fingerprint
@@ -222,6 +232,7 @@ def run_inputs(
         "tokenizer": tokenizer_hash(lm),
         "facts": [content_hash(part) for part in (request.facts, request.retain, request.general, request.names)],
         "hparams": resolved(hp),
+        "text": sha256_file(hp.moments.text) if Path(hp.moments.text).is_file() else hp.moments.text,
         "targets": targets,
         "past": earlier,
     }
@@ -247,7 +258,7 @@ def general_facts(
     """Divide the shipped facts, less those about a subject that is to be forgotten or that the user retains."""
     shipped = load_facts(shipped_path("data", "general_facts.jsonl"))
     known = _known(lm, shipped, cache)
-    free = {f.id for f in _without(_without(shipped, facts, None, ""), retain, None, "")}
+    free = {f.id for f in _without(_without(shipped, facts), retain)}
     sure = [f for f, knows in zip(shipped, known, strict=True) if knows and f.id in free]
     heldout = sure[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
     held = {comparable(f.subject) for f in heldout}
@@ -263,7 +274,7 @@ def general_facts(
 
 def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:
     """Which facts the model completes correctly by greedy decoding; cached by model and facts."""
-    from editunlearn.artifacts import atomic_write_json
+    from editunlearn.artifacts import atomic_write_json, cached_json
     from editunlearn.editors.contexts import prompt_of
     from editunlearn.editors.moments import tokenizer_hash
     from editunlearn.lm.fingerprint import model_fingerprint
@@ -278,8 +289,9 @@ def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:
         "facts": content_hash(shipped),
     }
     path = cache / "known" / f"{key_of(inputs)}.json" if cache is not None else None
-    if path is not None and path.is_file():
-        return [bool(k) for k in json.loads(path.read_text(encoding="utf-8"))]
+    there = cached_json(path, list)
+    if there is not None and len(there) == len(shipped):
+        return [bool(k) for k in there]
     scores = score(lm, [encode(lm, prompt_of(lm, f), f.answer) for f in shipped])
     if any(math.isnan(s.log_probability) for s in scores):
         raise NumericalError(
@@ -292,7 +304,7 @@ def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:
     return known
 
 
-def _without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console | None, what: str) -> list[Fact]:
+def _without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console | None = None) -> list[Fact]:
     """``facts`` less those about a subject that is to be forgotten, or with a prompt that is."""
     subjects = {comparable(f.subject) for f in forgotten}
     prompts = {comparable(p) for f in forgotten for p in (f.prompt, *f.paraphrases)}
@@ -300,7 +312,10 @@ def _without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console 
     if console is not None and len(left) < len(facts):
         out = [f.id for f in facts if f not in left]
         shown = ", ".join(out[:10]) + (f" and {len(out) - 10} more" if len(out) > 10 else "")
-        console.warn(f"{len(out)} {what} are about a subject that is to be forgotten and do not count: {shown}")
+        console.warn(
+            f"{len(out)} retain facts are about a subject that is to be forgotten; the edit cannot use them, "
+            f"and they may be lost (they are measured): {shown}"
+        )
     return left
 
 

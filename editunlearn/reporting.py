@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 from editunlearn.artifacts import atomic_dir, atomic_write_json, atomic_write_text
 from editunlearn.cli import try_command
 from editunlearn.errors import InputError
-from editunlearn.pipeline import DERIVED, WORK, Outcome, Stages, environment, result_rows
+from editunlearn.pipeline import (
+    DERIVED,
+    FILES,
+    WORK,
+    Outcome,
+    Stages,
+    environment,
+    finish,
+    make_room,
+    result_rows,
+)
 
 if TYPE_CHECKING:
     from editunlearn.apply import Plan
@@ -49,7 +59,6 @@ NOTHING_THERE = {
     "heldout": "the model knows too few of the shipped facts",
 }
 """Why a metric of this group is null."""
-FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "results.json", "timing.json", *DERIVED)
 
 
 def check_out(out: Path, args: argparse.Namespace, hp: EditorHParams, facts: Sequence[Fact]) -> None:
@@ -64,7 +73,7 @@ def check_out(out: Path, args: argparse.Namespace, hp: EditorHParams, facts: Seq
 
     ways = "Choose another folder, or give --force."
     if not (out / MANIFEST).is_file():
-        own = [] if (out / WORK).is_dir() else [name for name in FILES if (out / name).exists()]
+        own = [] if (out / WORK).is_dir() else [name for name in (*FILES, *DERIVED) if (out / name).exists()]
         if own:
             raise InputError(f"--out {out}: its {', '.join(own)} would be replaced, and no run made them. {ways}")
         return
@@ -137,13 +146,16 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     console.next_step("the same command without --dry-run")
 
 
-def write(outcome: Outcome, lm: LM, made: Plan, stages: Stages, command: str, console: Console) -> None:
-    """Everything beside the delta itself: past keys, LoRA, merged model, results, card, timing."""
+def write(
+    outcome: Outcome, lm: LM, made: Plan, stages: Stages, command: str, console: Console, *, store_facts: bool
+) -> None:
+    """Past keys, LoRA, merged model, results, card, timing, and the delta with its manifest last."""
     from editunlearn.deltas.card import model_card
     from editunlearn.deltas.lora import export_lora
 
     out, manifest = made.out, outcome.delta.manifest
     rows: Any = result_rows(outcome) or None
+    make_room(out, outcome.delta)
     outcome.past.save(out / "past_keys.safetensors")
     if "lora" in made.save:
         with atomic_dir(out / "lora") as folder:
@@ -166,6 +178,7 @@ def write(outcome: Outcome, lm: LM, made: Plan, stages: Stages, command: str, co
         },
     )
     atomic_write_text(out / "README.md", model_card(manifest, rows, [command], kind="delta"))
+    finish(out, outcome.delta, outcome.request.facts if store_facts else None)
 
 
 def results(outcome: Outcome, model: str) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from editunlearn.deltas.files import load as load_delta
 from editunlearn.errors import InputError
 from editunlearn.pipeline import forget
 
+PAST = "editunlearn.past_keys"
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -83,6 +85,9 @@ def test_facts(refused: Any, tmp_path: Path) -> None:
     against = {**FACTS[0], "id": "x", "answer": "Russian"}
     says(_facts(tmp_path / "answers.jsonl", FACTS[0], against), 'answer "Russian" contradicts "French"')
     assert "limit has to be at least 1, not 0" in refused("--limit", "0")[0]
+    two = [{**FACTS[0], "target": "Oslo"}, {**FACTS[0], "id": "y", "target": "Paris"}]
+    says(_facts(tmp_path / "targets.jsonl", *two), 'target "Paris" contradicts "Oslo"')
+    assert "File name too long. Check the path." in refused("--facts", "[" + "x" * 5000)[0]
 
 
 def test_flags(refused: Any) -> None:
@@ -93,6 +98,7 @@ def test_flags(refused: Any) -> None:
     assert "unrecognized arguments: --sede" in refused("--sede", "1")[0]
     assert "dtype 'int4' is not one of" in refused("--dtype", "int4")[0]
     assert "device_map 'gpu'" in refused("--device-map", "gpu")[0]
+    assert "device 'meta': not here. There are: cpu" in refused("--device-map", "meta")[0]
     assert "nowhere.safetensors: cannot be read as past keys" in refused("--past", "nowhere.safetensors")[0]
     assert "not allowed with argument" in refused("--resume", "--fresh")[0]
 
@@ -104,6 +110,12 @@ def test_settings(refused: Any, tmp_path: Path) -> None:
     assert "block 7 does not exist; there are blocks 0 to 2" in refused("--set", "layers=[7]")[0]
     assert "hparams 'nemit' is neither a file nor a shipped" in refused("--hparams", "nemit")[0]
     assert "is not a file" in refused("--set", "moments.text=nowhere.txt")[0]
+    lines = refused("--set", "moments.length=100000", "--set", "refine.text_length=5000")
+    assert lines == [
+        "moments.length is 100000; this model takes 256 tokens at most.",
+        "refine.text_length is 5000; this model takes 256 tokens at most.",
+    ]
+    assert "seed is a number of" in refused("--set", f"seed=-0x{'f' * 6000}")[0]
     assert "block 9 does not exist" in refused("--layers", "9", command="stats")[0]
     assert "nothing to measure" in refused("--set", "moments.text=none", command="stats")[0]
     (tmp_path / "file").write_text("")
@@ -142,9 +154,12 @@ def test_out(refused: Any, world: World, tmp_path: Path) -> None:
 def test_past_keys_of_another_model(refused: Any, tmp_path: Path) -> None:
     keys = {"model.layers.0.mlp.down_proj": torch.zeros(2, 7), "transformer.h.0.mlp.c_proj": torch.zeros(2, 136)}
     for name, tensor in keys.items():
-        save_file({name: tensor}, tmp_path / "past.safetensors", {"format": "editunlearn.past_keys"})
+        save_file({name: tensor}, tmp_path / "past.safetensors", {"format": PAST})
         (line,) = refused("--past", str(tmp_path / "past.safetensors"))
         assert name in line and "Give the past keys of a run on this model" in line
+    for bad in (torch.zeros(7), torch.full((2, 7), torch.nan)):
+        save_file({"model.layers.0.mlp.down_proj": bad}, tmp_path / "past.safetensors", {"format": PAST})
+        assert "is no table of finite keys" in refused("--past", str(tmp_path / "past.safetensors"))[0]
 
 
 def test_everything_at_once_in_one_report(refused: Any, tmp_path: Path) -> None:
@@ -315,3 +330,67 @@ def test_interrupt(world: World, tmp_path: Path) -> None:
     assert child.wait(600) == 130
     assert lines[-1].startswith("error: interrupted; finished work is kept. Run the same command again without --fresh")
     assert "Traceback" not in "".join(lines) and not (tmp_path / "out" / "delta.json").exists()
+
+
+def test_a_forced_run_that_is_interrupted_leaves_nothing_mixed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from editunlearn import reporting
+
+    out, other = tmp_path / "out", _facts(tmp_path / "other.jsonl", FACTS[1])
+    assert _edit(world, out, "--save", "lora").code == 0
+
+    def killed(*_args: Any, **_more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting, "results", killed)
+        assert _edit(world, out, "--facts", other, "--force").code == 130
+    assert not (out / "delta.json").exists()  # what has no manifest is not complete
+    assert not (out / "lora").exists() and not (out / "results.json").exists()
+    assert _edit(world, out, "--facts", other, "--force").code == 0
+    assert _edit(world, tmp_path / "straight", "--facts", other).code == 0
+    for name in ("delta.safetensors", "delta.json", "past_keys.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+@pytest.mark.parametrize("to", ["lora", "delta"])
+def test_a_killed_export_goes_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    assert _edit(world, tmp_path / "run").code == 0
+    flags = ["--delta", str(tmp_path / "run"), "--to", to, "--out", str(tmp_path / "made")]
+
+    def killed(*_args: Any, **_more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("editunlearn.deltas.lora.atomic_write_json", killed)
+        patch.setattr("editunlearn.deltas.files.atomic_write_bytes", killed)
+        assert call("export", *flags).code == 130
+    assert not (tmp_path / "made").exists()
+    assert call("export", *flags).code == 0
+    assert list((tmp_path / "made").glob("*.safetensors"))
+
+
+def test_export_checks_before_it_starts(world: World, tmp_path: Path) -> None:
+    assert _edit(world, tmp_path / "run").code == 0
+    flags = ["export", "--delta", str(tmp_path / "run"), "--out", str(tmp_path / "made"), "--dry-run"]
+    for more, says in {
+        ("--to", "merged", "--base", "/nonexistent"): "/nonexistent is not a folder",
+        ("--to", "merged", "--model", "/nonexistent"): "/nonexistent",
+        ("--to", "lora", "--max-rank", "3"): "rank limit of a LoRA must be from 8 to 512, not 3",
+        ("--to", "lora", "--model", "x"): "--model is for --to merged",
+    }.items():
+        called = call(*flags, *more)
+        assert called.code == 2 and says in called.err, called.err
+
+
+def test_damaged_caches_are_made_anew(world: World, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert _edit(world, tmp_path / "first", "--cache-dir", str(cache)).code == 0
+    damaged = [*(cache / "known").glob("*.json"), *(cache / "prefixes").glob("*.json")]
+    assert len(damaged) == 2
+    for path, content in zip(damaged, ("[true", '{"not": "a list"}'), strict=True):
+        path.write_text(content)
+    assert _edit(world, tmp_path / "second", "--cache-dir", str(cache)).code == 0
+    first, second = (tmp_path / name / "delta.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()

@@ -290,10 +290,11 @@ def test_facts_that_the_model_does_not_know_are_named(world: World, tmp_path: Pa
     called = call("apply", *flags)
     assert called.code == 0, called.err
     assert "warning: the model does not answer 1 of 2 facts; nothing to forget there: nile" in called.err
-    assert "1 retain facts are about a subject that is to be forgotten and do not count: again" in called.err
-    assert "not measured: there are no retain facts" in called.err
-    reasons = _json(tmp_path / "run" / "results.json")["not_measured"]
-    assert {name.split("_")[0] for name in reasons} >= {"paraphrase", "neighbor", "retain"}
+    assert "1 retain facts are about a subject that is to be forgotten" in called.err
+    assert "they may be lost (they are measured): again" in called.err
+    results = _json(tmp_path / "run" / "results.json")
+    assert {name.split("_")[0] for name in results["not_measured"]} == {"paraphrase", "neighbor"}
+    assert results["metrics"]["retain_accuracy"]["base"] is not None
 
 
 def test_without_retain_and_with_stored_facts(world: World, tmp_path: Path) -> None:
@@ -302,6 +303,8 @@ def test_without_retain_and_with_stored_facts(world: World, tmp_path: Path) -> N
     called = call("apply", *flags[:at], *flags[at + 2 :])
     assert called.code == 0, called.err
     assert "1 to forget" in called.err and "0 to keep" in called.err
+    assert "not measured: there are no retain facts" in called.err
+    assert "retain_accuracy" in _json(tmp_path / "run" / "results.json")["not_measured"]
     assert _json(tmp_path / "run" / "delta.json")["facts"][0]["text"][0]["id"] == "darrieux"
     answers = _json(tmp_path / "run" / "results.json")["answers"]
     assert answers["base"]["forget"][0]["leaked"] is True and len(answers["edited"]["forget"]) == 1

@@ -334,3 +334,30 @@ def test_only_edited_tensors_pass_through_memory_one_at_a_time(tmp_path: Path, m
     assert set(read) == {f"{name}.weight" for name in delta.factors}
     largest = max(f.shape[0] * f.shape[1] * 4 for f in delta.factors.values())
     assert alive[1] <= 2 * largest  # the one in hand, and the one before it until its name is bound again
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": []}'])
+def test_a_damaged_index_is_told(tmp_path: Path, index: str) -> None:
+    lm = tiny.lm("llama")
+    base = _checkpoint(lm, tmp_path / "base", "30KB")
+    (base / shards.INDEX).write_text(index)
+    with pytest.raises(InputError, match="not an index of safetensors files"):
+        merge_folder(base, samples.delta(lm), tmp_path / "out")
+
+
+@pytest.mark.parametrize("header", [b"[]", b'{"a": {"dtype": "F32", "shape": [1]}}', b'{"a": 3}'])
+def test_a_damaged_header_is_told(tmp_path: Path, header: bytes) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / shards.SINGLE).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        shards.read_checkpoint(base)
+
+
+def test_a_damaged_journal_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny.lm("llama")
+    base, out = _checkpoint(lm, tmp_path / "base", "30KB"), tmp_path / "out"
+    _killed_before_the_card(base, samples.delta(lm), out, monkeypatch)
+    (out / JOURNAL).write_text("{")
+    merge_folder(base, samples.delta(lm), out)
+    assert not (out / JOURNAL).exists() and (out / shards.INDEX).exists()

@@ -23,6 +23,7 @@ from editunlearn.errors import InputError
 from editunlearn.facts.records import ForgetRequest
 from editunlearn.facts.text import documents
 from editunlearn.hparams import load_hparams
+from editunlearn.pipeline import run_inputs
 from editunlearn.workspace import Workspace, key_of
 
 
@@ -260,3 +261,18 @@ assert torch.get_default_dtype() == dtype and torch.is_grad_enabled()
 assert (logging.getLogger().level, list(logging.getLogger().handlers)) == root
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_run_belongs_to_the_text_and_the_template(tmp_path: Path) -> None:
+    path, lm = tmp_path / "text.txt", tiny.lm("llama")
+    path.write_text("Some birds sing in the morning.")
+
+    def key() -> str:
+        return key_of(run_inputs(lm, request(), settings("memit", str(path)), "refusal", None))
+
+    first = key()
+    assert key() == first
+    path.write_text("Some birds sing in the evening.")
+    second = key()
+    lm.tokenizer.chat_template = "{{ messages[0].content }}"
+    assert len({first, second, key()}) == 3

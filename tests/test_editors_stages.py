@@ -108,19 +108,6 @@ def test_prompts_about_others_differ_by_the_name_alone(text: str) -> None:
     assert len({row.ids for row in as_many}) == 9  # every fact with every name, none twice
 
 
-def test_every_third_name_shares_the_last_word_with_the_forgotten_one(text: str) -> None:
-    lm, hp = tiny.lm("llama"), settings("memit", text)
-    others = [replace(fact(3, None), subject=name) for name in ("Lise Meitner", "Otto Hahn", "Emmy Noether", "Marie X")]
-    rows = contexts.swapped_rows(lm, request((1, 2)).facts, others, hp)
-    written = [lm.tokenizer.decode(row.ids[: row.prompt_length], skip_special_tokens=True) for row in rows]
-    plain, made_up = written[:4] + written[6:], written[4:6]
-    assert not any("Darrieux" in w or "Curie" in w for w in plain)
-    # "Marie Curie" would be the forgotten subject itself, and stays "Marie X"
-    for text_of_row, word in zip(made_up, ("Darrieux", "Curie"), strict=True):
-        first = next(o.subject.split()[0] for o in others if o.subject.split()[0] in text_of_row)
-        assert f"{first} {'X' if (first, word) == ('Marie', 'Curie') else word}" in text_of_row
-
-
 @pytest.mark.parametrize(("contexts_", "rows"), [("null", 3), ("1", 1), ("2", 2), ("9", 3)])
 def test_values_see_so_many_contexts(text: str, contexts_: str, rows: int) -> None:
     lm, hp = tiny.lm("llama"), settings("memit", text, f"value.contexts={contexts_}")

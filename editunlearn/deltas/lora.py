@@ -46,6 +46,12 @@ class LoraExport:
         return f"--enable-lora --max-lora-rank {self.max_lora_rank}"
 
 
+def check_rank(limit: int) -> None:
+    """Raise InputError unless a LoRA may have this largest rank."""
+    if not RANKS[0] <= limit <= RANKS[-1]:
+        raise InputError(f"the rank limit of a LoRA must be from {RANKS[0]} to {RANKS[-1]}, not {limit}.")
+
+
 def export_lora(
     delta: LowRankDelta,
     directory: str | Path,
@@ -75,8 +81,7 @@ def export_lora(
     check_finite(delta.factors)
     if not delta.factors:
         raise InputError("the delta is empty: there is nothing to export as a LoRA.")
-    if not RANKS[0] <= max_rank <= RANKS[-1]:
-        raise InputError(f"the rank limit of a LoRA must be from {RANKS[0]} to {RANKS[-1]}, not {max_rank}.")
+    check_rank(max_rank)
     transposed = {site.transposed for site in delta.manifest.sites.values()}
     if len(transposed) > 1:
         raise InputError("some edited modules are stored transposed and some are not; one adapter cannot say both.")

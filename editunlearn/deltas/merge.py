@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from editunlearn.artifacts import atomic_write_bytes, atomic_write_json, atomic_write_text, sha256_file, sync
+from editunlearn.artifacts import (
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    cached_json,
+    sha256_file,
+    sync,
+)
 from editunlearn.deltas import shards
 from editunlearn.deltas.arithmetic import merged_weight, tensor_bytes
 from editunlearn.deltas.build import check_finite
@@ -182,11 +188,11 @@ def _open_journal(out: Path, delta: LowRankDelta, files: list[str]) -> dict[str,
     """
     fresh: dict[str, Any] = {"delta": _fingerprint(delta), "files": files, "done": {}}
     path = out / JOURNAL
-    old: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    old: dict[str, Any] = cached_json(path, dict) or {}
     if old.get("delta") == fresh["delta"] and old.get("files") == files:
         return old
     weights = sorted(entry.name for entry in out.glob("*.safetensors")) if out.is_dir() else []
-    if weights and not old:
+    if weights and not path.is_file():
         raise InputError(f"{out} already holds weights ({weights[0]}, {len(weights)} files). Choose an empty folder.")
     for name in (*weights, shards.INDEX):  # of an interrupted merge of another delta: nothing to keep
         (out / name).unlink(missing_ok=True)

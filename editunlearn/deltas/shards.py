@@ -63,8 +63,10 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
     if (folder / SINGLE).is_file():
         files = [SINGLE]
     elif (folder / INDEX).is_file():
-        weight_map: Mapping[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
-        files = sorted(set(weight_map.values()))
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{folder / INDEX}: not an index of safetensors files (no 'weight_map').") from None
     else:
         raise UnsupportedError(
             f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be merged on disk. "
@@ -82,17 +84,19 @@ def _read_header(path: Path) -> Iterator[Stored]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (ValueError, MemoryError, OverflowError) as error:
+            header: Any = json.loads(file.read(length))
+        entries = [
+            (key, entry["dtype"], tuple(entry["shape"]), [8 + length + offset for offset in entry["data_offsets"]])
+            for key, entry in header.items()
+            if key != "__metadata__"
+        ]
+    except (ValueError, MemoryError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}).") from error
     size = path.stat().st_size
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+    for key, dtype, shape, (start, stop) in entries:
         if stop > size:
             raise InputError(f"{path}: cut off; {key} ends at byte {stop}, the file at {size}.")
-        yield Stored(key, path.name, entry["dtype"], tuple(entry["shape"]), start, stop)
+        yield Stored(key, path.name, dtype, shape, start, stop)
 
 
 def read_tensor(folder: Path, stored: Stored) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 SWAPS = 12
 """Other subjects that each forgotten fact's prompt is kept for."""
 
-SIBLINGS = 3
-"""Of so many of these subjects one shares its last word with the forgotten subject, when both have several words."""
-
 PINNED = 3
 """Prompts per fact on which its value keeps the next-token distribution, when ``value.kl`` is not 0."""
 
@@ -40,7 +36,7 @@ def prompt_of(lm: LM, fact: Fact, prefix: str = "") -> Prompt:
 
 def prefixes(lm: LM, hp: ContextPrefixes, cache: Path | None) -> list[str]:
     """The model's own context prefixes, cached by everything they depend on."""
-    from editunlearn.artifacts import atomic_write_json
+    from editunlearn.artifacts import atomic_write_json, cached_json
     from editunlearn.workspace import key_of
 
     if hp.count == 0:
@@ -52,8 +48,9 @@ def prefixes(lm: LM, hp: ContextPrefixes, cache: Path | None) -> list[str]:
         "tokenizer": tokenizer_hash(lm),
     }
     path = cache / "prefixes" / f"{key_of(inputs)}.json" if cache is not None else None
-    if path is not None and path.is_file():
-        return [str(p) for p in json.loads(path.read_text(encoding="utf-8"))]
+    there = cached_json(path, list)
+    if there is not None and len(there) == hp.count:
+        return [str(p) for p in there]
     made = context_prefixes(lm, hp.count, hp.tokens, hp.seed)
     if path is not None:
         atomic_write_json(path, made)
@@ -103,32 +100,21 @@ def swapped_rows(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: Edit
     """The prompts of ``facts`` with subjects of ``others`` in the place of their own, scored at the last token.
 
     What is forgotten about one subject must not be lost for all: these prompts share every word with a forgotten fact
-    but the name. Some names are made up: another subject's first words with the last word of the forgotten one, where
-    its key is read, so that one "... Glacier" or "... Jordan" is not taken for another.
+    but the name.
     """
-    forgotten = {f.subject for f in facts}
-    names = sorted({f.subject for f in others} - forgotten)
+    names = sorted({f.subject for f in others} - {f.subject for f in facts})
     random.Random(hp.seed).shuffle(names)
     rows = []
     for number in range(min(SWAPS, len(names)) * len(facts)):
         fact = facts[number % len(facts)]
         # one name further after every round, or the same few facts and names would meet again and again
         subject = names[(number + number // len(names)) % len(names)]
-        if (number // len(facts)) % SIBLINGS == SIBLINGS - 1:
-            made_up = _sibling(fact.subject, subject)
-            subject = subject if made_up in forgotten else made_up
         text, start = _swapped(fact, subject)
         prompt = wrap(lm, text, (start, start + len(subject)), question=fact.is_question)
         row = encode(lm, prompt, None, hp.subject_token)
         # any token behind the prompt makes its last position a scored one
         rows.append(replace(row, ids=(*row.ids, row.ids[-1])))
     return rows
-
-
-def _sibling(subject: str, other: str) -> str:
-    """``other`` with the last word of ``subject``, when both have several words."""
-    own, first = subject.split(), other.split()[:-1]
-    return " ".join([*first, own[-1]]) if first and len(own) > 1 else other
 
 
 def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams) -> list[Problem]:

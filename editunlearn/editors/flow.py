@@ -100,8 +100,12 @@ class Flow:
         if self.hp.moments.text == "none":
             return {s.name: None for s in sites}
         found = moments.get(self.lm, sites, self.hp.moments, self.cache, self.console)
-        moments.warn_if_few(found, self.hp.moments.tokens, self.console.warn)
+        moments.warn_if_few(found, sum(map(len, self._text())), self.console.warn)
         return dict(found)
+
+    def _text(self) -> list[list[int]]:
+        """Windows of token ids that the second moments are of."""
+        return moments.pieces(self.lm, self.hp.moments)
 
     def _values(self, rows: ForgetRows, keep: list[Fact], sites: list[Site]) -> values.Values:
         kept = self.work.get("values")
@@ -202,9 +206,8 @@ class Flow:
             right = self._solved(site, problem)[1].float()
             own = (right * problem.keys).sum(-1, keepdim=True)
             answers[name] = right / own.clamp(min=LEAST_ANSWER)
-        pieces = list(windows(self.lm, documents(self.hp.moments.text), self.hp.moments.length, self.hp.moments.tokens))
         subjects = [f.subject for f in self.request.facts]
-        found = lookalikes.find(self.lm, answers, sites, pieces, subjects, hp.lookalikes, warn=self.console.warn)
+        found = lookalikes.find(self.lm, answers, sites, self._text(), subjects, hp.lookalikes, warn=self.console.warn)
         return {name: torch.cat([kept[name], more]) if name in kept else more for name, more in found.items()}
 
     def _refine(

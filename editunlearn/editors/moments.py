@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from editunlearn.editors.statistics import add_windows, windows
-from editunlearn.errors import InputError
+from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.fingerprint import model_fingerprint
 from editunlearn.numerics.moments import SecondMoment
@@ -30,10 +30,23 @@ CHECKPOINT = 50
 
 
 def tokenizer_hash(lm: LM) -> str:
-    """Hash of what the tokenizer does with a text of many kinds of characters, and of its size."""
+    """Hash of what the tokenizer does with a text of many kinds of characters, its size and its chat template."""
     probe = "The café's 3rd menu: naïve, 数学, Ωmega <b>42</b>\n\tdef f(x): return x**2  # end"
     ids = lm.tokenizer(probe)["input_ids"]
-    return hashlib.sha256(repr((list(ids), len(lm.tokenizer))).encode()).hexdigest()[:16]
+    template = getattr(lm.tokenizer, "chat_template", None)
+    return hashlib.sha256(repr((list(ids), len(lm.tokenizer), template)).encode()).hexdigest()[:16]
+
+
+def pieces(lm: LM, hp: Moments) -> list[list[int]]:
+    """The text as windows of token ids.
+
+    Raises:
+        InputError: it has no tokens at all.
+    """
+    found = list(windows(lm, documents(hp.text), hp.length, hp.tokens))
+    if not found:
+        raise InputError(f"moments.text: {hp.text!r} has no text in it.")
+    return found
 
 
 def get(
@@ -43,24 +56,26 @@ def get(
 
     Raises:
         InputError: the text has no tokens at all.
+        NumericalError: a moment is not finite.
     """
-    pieces = list(windows(lm, documents(hp.text), hp.length, hp.tokens))
-    if not pieces:
-        raise InputError(f"moments.text: {hp.text!r} has no text in it.")
+    windows_of_text = pieces(lm, hp)
     inputs = {
         "model": model_fingerprint(lm),
         "dtype": str(lm.dtype),
         "tokenizer": tokenizer_hash(lm),
-        "windows": hashlib.sha256(repr(pieces).encode()).hexdigest(),
+        "windows": hashlib.sha256(repr(windows_of_text).encode()).hexdigest(),
     }
     stores = {s.name: Workspace(_root(cache), {**inputs, "site": s.name}, fresh=fresh) for s in sites}
     found = {name: kept["moment"] for name, store in stores.items() if (kept := store.get("moment"))}
     missing = [s for s in sites if s.name not in found]
     if not missing:
-        console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, pieces)):,} tokens each")
+        console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, windows_of_text)):,} tokens each")
         return found
     partial = Workspace(_root(cache), {**inputs, "sites": [s.name for s in missing]}, fresh=fresh)
-    for name, moment in _measure(lm, missing, pieces, partial, console).items():
+    for name, moment in _measure(lm, missing, windows_of_text, partial, console).items():
+        if not torch.isfinite(moment).all():
+            partial.remove()
+            raise NumericalError(f"{lm.name}: the second moment of {name} is not finite; nothing was kept.")
         stores[name].put("moment", {"moment": moment})
         found[name] = moment
     partial.remove()
@@ -98,5 +113,6 @@ def warn_if_few(moments: dict[str, Tensor], tokens: int, warn: Callable[[str], N
     widest = max(len(m) for m in moments.values())
     if tokens < widest:
         warn(
-            f"moments.tokens={tokens:,} is less than the width {widest:,}; about {10 * widest:,} give a steady estimate"
+            f"the second moment is of {tokens:,} tokens, fewer than its width {widest:,}, and preserves only what it "
+            f"saw; about {10 * widest:,} give a steady estimate (moments.tokens, moments.text)"
         )

@@ -47,6 +47,10 @@ class PastKeys:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("format") != "editunlearn.past_keys":
                     raise InputError(f"{path}: not a file of past keys.")
-                return cls({name: file.get_tensor(name) for name in file.keys()})
+                keys = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: cannot be read as past keys: {error}") from error
+        bad = [name for name, key in keys.items() if key.ndim != 2 or not torch.isfinite(key).all()]
+        if bad:
+            raise InputError(f"{path}: {bad[0]} is no table of finite keys; give the file of a finished run.")
+        return cls(keys)

@@ -123,7 +123,10 @@ class _Collector:
         """Deal with a second fact of the same prompt."""
         first = self.kept[place]
         old, new = comparable(first.answer), comparable(fact.answer)
-        if new == old or new in map(comparable, first.aliases):
+        if fact.target is not None and first.target is not None and fact.target != first.target:
+            what = f'target "{fact.target}" contradicts "{first.target}" at {where}'
+            self._findings.problems.append((row.where, f'{what} for the same prompt "{fact.prompt}"; keep one'))
+        elif new == old or new in map(comparable, first.aliases):
             self._findings.warnings["says the same as an earlier row; the first is kept"].append(row.where)
         elif _shortens(new, old) or _shortens(old, new):
             self.kept[place] = replace(first, aliases=(*first.aliases, fact.answer))

@@ -269,8 +269,14 @@ def _device(device_map: str | dict[str, Any] | None) -> torch.device | None:
         ) from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"device {device_map!r}: there are {torch.cuda.device_count()} CUDA devices here.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps': not available here.")
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available(),
+    }
+    if not there.get(device.type):
+        raise InputError(f"device {device_map!r}: not here. There are: {', '.join(k for k, v in there.items() if v)}.")
     return device
 
 
