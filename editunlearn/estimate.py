@@ -12,6 +12,7 @@ from editunlearn.resources import shipped_path
 if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
     from editunlearn.hparams import EditorHParams
+    from editunlearn.lm.layout import Site
 
 CHARACTERS = 4
 """Characters of a token of English text, about."""
@@ -67,7 +68,8 @@ def work(
     pinned = 3 * asked if hp.value.kl > 0 else 0
     stages = {
         "general facts, once per model": cost(tokens_of(f.prompt + f.answer for f in general), 2 * len(general)),
-        "second moments, once per model": depth * cost(min(hp.moments.tokens, _most(hp)), 0),
+        "second moments, once per model": statistics(cost, hp, depth),
+        "lookalikes": statistics(cost, hp, depth) if hp.retain.lookalikes and hp.retain.weight else 0.0,
         "values, at most": 2 * hp.value.steps * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
         "refine": _refine(cost, hp, rows / max(1, len(facts) * contexts), targets / max(1, len(facts)), len(facts)),
     }
@@ -77,6 +79,52 @@ def work(
     text = shipped_path("data", "general_text.jsonl").stat().st_size / CHARACTERS / 10
     stages["measuring before and after"] = 2 * cost(2 * read + decoded + text, decoded + text)
     return stages
+
+
+@dataclass(frozen=True)
+class Target:
+    """What would be edited, from a configuration alone.
+
+    Attributes:
+        config: of the model.
+        model: on the meta device.
+        shapes: (out, in) of each site.
+        depth: share of the blocks up to the last edited one.
+    """
+
+    config: Any
+    model: Any
+    layers: list[int]
+    why: str
+    sites: list[Site]
+    shapes: list[tuple[int, int]]
+    depth: float
+
+
+def target(config: Any, hp: EditorHParams, layers: Sequence[int] | None = None) -> Target:
+    """The sites of a model of this configuration; ``layers`` goes before those of ``hp``."""
+    from editunlearn import editors
+    from editunlearn.lm.layout import layout_of, resolve_layers
+    from editunlearn.lm.sources import meta_model
+
+    model = meta_model(config)
+    layout = layout_of(model, config)
+    blocks = layout.num_layers(model)
+    chosen, why = resolve_layers(layers or hp.layers, blocks, editors.module(hp.method).DEFAULT_LAYERS)
+    sites = layout.sites(chosen)
+    shapes = [(int(out), int(width)) for out, width in (layout.read_weight(model, s.name).shape for s in sites)]
+    return Target(config, model, chosen, why, sites, shapes, (chosen[-1] + 1) / blocks)
+
+
+def dtype_of(config: Any, asked: str) -> str:
+    """Name of the dtype that the weights would be in."""
+    name = str(getattr(config, "dtype", None) or "float32") if asked == "auto" else asked
+    return name.removeprefix("torch.")
+
+
+def statistics(cost: Cost, hp: EditorHParams, depth: float) -> float:
+    """Floating-point operations of one pass over the text of the second moments."""
+    return depth * cost(min(hp.moments.tokens, _most(hp)), 0)
 
 
 def _most(hp: EditorHParams) -> float:
@@ -112,12 +160,12 @@ def memory(model: Any, hp: EditorHParams, dtype: str, shapes: Sequence[tuple[int
     return {**rows, "at the same time, about": base + second + max(solve, logits)}
 
 
-def shown(flops: dict[str, float], memory: dict[str, float], disk: float) -> list[tuple[str, str]]:
-    """Rows of a table for people."""
+def shown(flops: dict[str, float], memory: dict[str, float], disk: float, what: str = "delta") -> list[tuple[str, str]]:
+    """Rows of a table for people; ``what`` takes the room on the disk."""
     total = sum(flops.values())
     return [
         *((f"memory: {name}", f"{size / 1e9:,.2f} GB") for name, size in memory.items()),
-        ("disk: delta", f"{disk / 1e6:,.1f} MB"),
+        (f"disk: {what}", f"{disk / 1e6:,.1f} MB"),
         *((f"work: {name}", f"{count / 1e12:,.1f} TFLOP") for name, count in flops.items()),
         (f"time at {CPU / 1e12:g} TFLOP/s (2 cores, bfloat16)", f"about {max(1, total / CPU / 60):,.0f} min"),
         (f"time at {GPU / 1e12:g} TFLOP/s (one large GPU)", f"about {max(1, total / GPU):,.0f} s"),

@@ -119,28 +119,27 @@ def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
 
 def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     """Sites, memory and work, from the configuration alone."""
-    from editunlearn import editors, estimate
-    from editunlearn.lm.layout import layout_of, resolve_layers
-    from editunlearn.lm.sources import meta_model
+    from editunlearn import estimate
 
-    model = meta_model(made.config)
-    layout = layout_of(model, made.config)
-    blocks = layout.num_layers(model)
-    layers, why = resolve_layers(made.hp.layers, blocks, editors.module(made.hp.method).DEFAULT_LAYERS)
-    sites = layout.sites(layers)
-    shapes = [(int(out), int(width)) for out, width in (layout.read_weight(model, s.name).shape for s in sites)]
+    found = estimate.target(made.config, made.hp)
     console.table(
-        f"sites: {why}",
+        f"sites: {found.why}",
         ["module", "out x in"],
-        [(s.name, f"{o} x {i}") for s, (o, i) in zip(sites, shapes, strict=True)],
+        [(s.name, f"{o} x {i}") for s, (o, i) in zip(found.sites, found.shapes, strict=True)],
     )
-    dtype = str(getattr(made.config, "dtype", None) or "float32") if args.dtype == "auto" else args.dtype
-    memory = estimate.memory(model, made.hp, dtype.removeprefix("torch."), shapes)
-    flops = estimate.work(estimate.cost(model), made.hp, made.facts, made.retain, (layers[-1] + 1) / blocks)
-    disk = sum(4 * len(made.facts) * (out + width) for out, width in shapes)
+    dtype = estimate.dtype_of(made.config, args.dtype)
+    memory = estimate.memory(found.model, made.hp, dtype, found.shapes)
+    flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found.depth)
+    disk = sum(4 * len(made.facts) * (out + width) for out, width in found.shapes)
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))
     console.result_json(
-        {"sites": [s.name for s in sites], "layers": layers, "memory_bytes": memory, "flop": flops, "disk_bytes": disk}
+        {
+            "sites": [s.name for s in found.sites],
+            "layers": found.layers,
+            "memory_bytes": memory,
+            "flop": flops,
+            "disk_bytes": disk,
+        }
     )
     console.info("Nothing was loaded or written.")
     console.next_step("the same command without --dry-run")

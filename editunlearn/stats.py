@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from editunlearn.cli import (
     Checks,
@@ -21,6 +22,11 @@ from editunlearn.cli import (
     run_command,
 )
 from editunlearn.errors import InputError
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
+    from editunlearn.estimate import Target
+    from editunlearn.hparams import EditorHParams
 
 EXAMPLES = """\
   editunlearn stats --hparams memit                              for the layers that memit edits in the demo model
@@ -48,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     args = arguments(argv)  # before anything heavy is imported
-    from editunlearn import editors
-    from editunlearn.lm.layout import resolve_layers, text_config
+    from editunlearn import estimate
     from editunlearn.lm.loading import default_cache_dir
 
     console = console_of(args)
@@ -64,17 +69,16 @@ def _main(argv: Sequence[str]) -> None:
             checks.run(lambda: _nothing_to_measure(args.hparams))
     checks.finish()
     assert hp is not None  # noqa: S101 - finish() raised otherwise
-    blocks = text_config(config).num_hidden_layers
-    layers, why = resolve_layers(args.layers or hp.layers, blocks, editors.module(hp.method).DEFAULT_LAYERS)
+    target = estimate.target(config, hp, args.layers)
+    layers = target.layers
     console.header(
         [
-            f"second moments of {args.model}: layers {', '.join(map(str, layers))} ({why})",
+            f"second moments of {args.model}: layers {', '.join(map(str, layers))} ({target.why})",
             f"text: {hp.moments.tokens:,} tokens of {hp.moments.text}; cache: {cache}",
         ]
     )
     if args.dry_run:
-        console.info("Nothing was loaded or written.")
-        console.result_json({"layers": layers, "text": hp.moments.text, "tokens": hp.moments.tokens})
+        _dry_run(console, args, hp, target)
         return
     from editunlearn.editors import moments
 
@@ -90,6 +94,28 @@ def _main(argv: Sequence[str]) -> None:
     )
     settings = [part for item in args.set for part in ("--set", item)]
     console.next_step(["editunlearn", "apply", "--hparams", args.hparams, *settings, "--model", args.model])
+
+
+def _dry_run(console: Console, args: argparse.Namespace, hp: EditorHParams, target: Target) -> None:
+    from editunlearn import estimate
+
+    dtype = estimate.dtype_of(target.config, args.dtype)
+    memory = estimate.memory(target.model, hp, dtype, target.shapes)
+    memory = {name: size for name, size in memory.items() if name in (f"model in {dtype}", "second moments")}
+    flops = {"second moments": estimate.statistics(estimate.cost(target.model), hp, target.depth)}
+    disk = float(sum(4 * width * width for _, width in target.shapes))
+    console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk, "second moments"))
+    console.result_json(
+        {
+            "layers": target.layers,
+            "text": hp.moments.text,
+            "tokens": hp.moments.tokens,
+            "memory_bytes": memory,
+            "flop": flops,
+            "disk_bytes": disk,
+        }
+    )
+    console.info("Nothing was loaded or written.")
 
 
 def _nothing_to_measure(hparams: str) -> None:
