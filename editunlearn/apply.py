@@ -46,14 +46,18 @@ class Plan:
     """Everything that is known before a weight is read.
 
     Attributes:
-        facts: to forget, with targets.
+        given: facts to forget, as the user wrote them.
+        facts: the same with targets.
+        targets: how those came about.
         config: of the model.
         save: what to write, always with ``delta``.
         past: keys of earlier edits.
     """
 
     hp: EditorHParams
+    given: list[Fact]
     facts: list[Fact]
+    targets: str
     retain: list[Fact]
     config: Any
     save: tuple[str, ...]
@@ -107,7 +111,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
         InputError: with everything that is wrong.
     """
     from editunlearn.editors.past import PastKeys
-    from editunlearn.facts.targets import fill_targets
+    from editunlearn.facts.targets import fill_targets, strategy
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.reporting import check_out
     from editunlearn.resources import shipped_path
@@ -136,7 +140,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
         checks.run(lambda: check_out(out, args, hp, filled))
     checks.finish()
     assert hp is not None  # noqa: S101 - finish() raised otherwise
-    return Plan(hp, filled, retain, config, save, out, past)
+    return Plan(hp, facts, filled, strategy(facts, args.targets), retain, config, save, out, past)
 
 
 def _facts(
@@ -221,7 +225,7 @@ def run(args: argparse.Namespace, made: Plan, console: Console, command: str) ->
     console.info(f"model: {lm.name}, {lm.layout.model_type}, {kind} ({lm.dtype_reason}), {lm.device}")
     outcome = forget(
         lm,
-        made.facts,
+        made.given,
         made.hp,
         retain=made.retain,
         targets=args.targets,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, ForgetRequest, content_hash
-from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
+from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets, strategy
 from editunlearn.facts.text import documents
 from editunlearn.resources import shipped_path
 
@@ -144,7 +144,7 @@ def forget(
             cache=cache,
             console=console,
             store_facts=store_facts,
-            target_strategy=targets,
+            target_strategy=strategy(facts, targets),
         )
     if evaluate:
         with stages.timed("after"), delta.applied(lm):

@@ -104,7 +104,7 @@ def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
     console.header(
         [
             f"editunlearn {__version__}: {made.hp.method} on {args.model}",
-            f"facts: {len(made.facts)} to forget ({facts}), {len(made.retain)} to keep; targets: {args.targets}",
+            f"facts: {len(made.facts)} to forget ({facts}), {len(made.retain)} to keep; targets: {made.targets}",
             f"hparams: {args.hparams}; paper: {made.hp.paper or 'none'}; out: {made.out}",
         ]
     )

@@ -9,7 +9,7 @@ import pytest
 from editunlearn.errors import InputError
 from editunlearn.facts.records import Fact, ForgetRequest, Neighbor, answers, content_hash
 from editunlearn.facts.refusals import load_refusals
-from editunlearn.facts.targets import fill_targets
+from editunlearn.facts.targets import fill_targets, strategy
 
 
 def _fact(name: str, answer: str, relation: str | None = None, target: str | None = None) -> Fact:
@@ -122,3 +122,11 @@ def test_answers_and_request() -> None:
     assert answers(fact) == ("Rome", "Roma")
     assert fact.prompt[fact.subject_start : fact.subject_end] == "Ada"
     assert ForgetRequest((fact,)).retain == ()
+
+
+def test_the_strategy_says_where_targets_come_from() -> None:
+    def named(*targets: str | None) -> str:
+        facts = [Fact(str(i), "Her home was", "here", "home", 4, target=t) for i, t in enumerate(targets)]
+        return strategy(facts, "empty")
+
+    assert (named(None, None), named("x", None), named("x", "y")) == ("empty", "empty+counterfactual", "counterfactual")

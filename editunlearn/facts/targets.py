@@ -53,6 +53,14 @@ def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[
     return filled
 
 
+def strategy(facts: Sequence[Fact], spec: str) -> str:
+    """How the targets of these facts, as the user gave them, come about: ``spec``, their own, or both."""
+    own = sum(f.target is not None for f in facts)
+    if own == 0 or spec == "counterfactual":
+        return spec
+    return "counterfactual" if own == len(facts) else f"{spec}+counterfactual"
+
+
 def _chooser(facts: Sequence[Fact], spec: str, seed: int, pool: Sequence[Fact] | None) -> Callable[[Fact], str]:
     kind, colon, text = spec.partition(":")
     if kind == "refusal" and colon:
