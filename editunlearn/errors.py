@@ -38,9 +38,3 @@ class StaleError(InputError):
 
 class NumericalError(EditUnlearnError):
     """A number that is not finite, or a system that cannot be solved; nothing was written."""
-
-
-class GateError(EditUnlearnError):
-    """A ``--require`` condition was not met."""
-
-    exit_code = 3

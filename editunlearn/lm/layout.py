@@ -333,7 +333,7 @@ def resolve_layers(
     """Block numbers for the ``layers`` field.
 
     Args:
-        spec: ``auto``, or a list of block numbers (ints, 0 is the first) and depths (floats in [0, 1), where
+        spec: ``auto``, or a list of block numbers (ints, 0 is the first) and depths (floats from 0 to 1, where
             0.5 is the middle).
         n_layers: number of blocks of the model.
         default: what ``auto`` stands for, in the same notation.
@@ -361,8 +361,8 @@ def resolve_layers(
             elif item in numbers:
                 problems.append(f"layers: block {item} is given twice.")
             numbers.add(item)
-        elif not 0.0 <= item < 1.0:
-            problems.append(f"layers: depth {item} is not in [0, 1). Write a block number without a point.")
+        elif not 0.0 <= item <= 1.0:
+            problems.append(f"layers: depth {item} is not from 0.0 to 1.0. Write a block number without a point.")
         else:
             depths.append(min(int(item * n_layers + 1e-9), n_layers - 1))  # 0.29 * 100 is 28.999...
     if not spec:
