@@ -137,6 +137,7 @@ def main() -> None:
     p.add_argument("--forget", type=int, default=40)
     p.add_argument("--retain", type=int, default=40)
     p.add_argument("--heldout", type=int, default=100)
+    p.add_argument("--also", type=Path, nargs="*", default=[], help="take finished runs over from these results, too")
     p.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     p.add_argument("-v", "--verbose", action="count", default=0)
     args = p.parse_args()
@@ -145,7 +146,9 @@ def main() -> None:
     facts = [f for f, known in zip(facts, _known(lm, facts, None), strict=True) if known]
     text = wikitext(args.text, lm)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
-    given = {**vars(args), "facts": args.facts.name, "text": args.text.name, "verbose": None}
+    for other in args.also:
+        done["runs"] += [run for run in json.loads(other.read_text())["runs"] if run not in done["runs"]]
+    given = {**vars(args), "facts": args.facts.name, "text": args.text.name, "verbose": None, "also": None}
     words = [[f"--{k}", *map(str, v if isinstance(v, list) else [v])] for k, v in given.items() if v]
     done["command"] = shlex.join(["python", "benchmarks/quality.py", *(w for part in words for w in part)])
     done["environment"] = dict(environment())
@@ -172,6 +175,8 @@ def main() -> None:
             save(args.out, done)
             sys.stdout.write(row(done["runs"][-1]) + "\n")
             sys.stdout.flush()
+    names = [config["name"] for config in yaml.safe_load(args.configs.read_text(encoding="utf-8"))]
+    done["runs"].sort(key=lambda run: (names.index(run["name"]) if run["name"] in names else len(names), run["seed"]))
     save(args.out, done)  # also when all was there: the command is the one that gives every row
 
 
