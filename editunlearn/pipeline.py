@@ -244,7 +244,7 @@ class General(NamedTuple):
     Attributes:
         known: the model completes them correctly; they are preserved.
         heldout: likewise, but no edit sees them.
-        names: the model does not know the answer; only the key of their subject is preserved.
+        names: the model does not know the answer; their prompts and the keys of their subjects are preserved.
     """
 
     known: list[Fact]

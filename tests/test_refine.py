@@ -144,7 +144,11 @@ def test_what_refine_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
     asked = replace(request((0, 1), (3,)), general=(fact(4, None),), names=(fact(5, None),))
     editors.fit(tiny.lm(), asked, settings("memit", text, "refine.steps=auto"))
     own, others, known = seen["goals"].retain
-    assert (len(own), len(others), len(known)) == (1, 6, 1)  # two prompts with each of three other names
+    assert (len(own), len(others), len(known)) == (
+        1,
+        6,
+        2,
+    )  # two prompts with each of three other names; unknown facts count
     assert seen["reports"] == 40
 
 
@@ -175,9 +179,14 @@ def test_a_pool_is_gone_through_before_anything_comes_twice(text: str) -> None:
     flat = [i for d in drawn for i in d]
     assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, 56, 7))
     assert draw.forget() == [] and draw.text() == []
-    several = refine._Draw(refine.Goals([], [[None] * 9, [None], [None] * 9], []), hp, 0)  # type: ignore[list-item]
+    sizes = (4, 1, 100)
+    several = refine._Draw(refine.Goals([], [[], *([None] * n for n in sizes)], []), hp, 0)  # type: ignore[list-item]
     for _ in range(9):
-        first, only, last = several.retain()
-        assert first < 9 and only == 9 and 10 <= last < 19
+        first, only, last = several.retain()  # one of each at least
+        assert first < 4 and only == 4 and 5 <= last < 105
+    hp = hp.model_copy(update={"retain_batch": 26})
+    shares = refine._Draw(refine.Goals([], [[None] * n for n in (4, 1, 100)], []), hp, 0)  # type: ignore[list-item]
+    numbers = shares.retain()
+    assert [sum(a <= i < b for i in numbers) for a, b in ((0, 4), (4, 5), (5, 105))] == [4, 1, 21]
     few = refine._Draw(refine.Goals([], [[None], [None] * 9], []), hp, 0)  # type: ignore[list-item]
-    assert [i == 0 for i in few.retain()] == [True, False, False]  # the larger pool makes up for the smaller one
+    assert sorted(few.retain()) == list(range(10))  # no more than there are

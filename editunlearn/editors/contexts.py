@@ -112,9 +112,13 @@ def swapped_rows(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: Edit
         text, start = _swapped(fact, subject)
         prompt = wrap(lm, text, (start, start + len(subject)), question=fact.is_question)
         row = encode(lm, prompt, None, hp.subject_token)
-        # any token behind the prompt makes its last position a scored one
-        rows.append(replace(row, ids=(*row.ids, row.ids[-1])))
+        rows.append(scored_at_the_end(row))
     return rows
+
+
+def scored_at_the_end(row: Row) -> Row:
+    """A prompt of which the last position is scored: any token behind it will do."""
+    return replace(row, ids=(*row.ids, row.ids[-1]))
 
 
 def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams) -> list[Problem]:

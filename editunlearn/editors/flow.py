@@ -242,11 +242,12 @@ class Flow:
         return {name: (left[name], pair[1]) for name, pair in factors.items()}
 
     def _prompts_to_keep(self, keep: list[Fact]) -> list[list[Row]]:
-        """Pools: what the user retains, the forgotten facts' prompts about other subjects, what else is known."""
+        """Pools: what the user retains, the forgotten facts' prompts about other subjects, the shipped facts."""
         own = len(self.request.retain)
         known = contexts.keep_rows(self.lm, keep, self.hp, answers=True)
         others = contexts.swapped_rows(self.lm, self.request.facts, [*keep, *self.request.names], self.hp)
-        return [known[:own], others, known[own:]]
+        unknown = contexts.keep_rows(self.lm, self.request.names, self.hp, answers=False)
+        return [known[:own], others, known[own:] + [contexts.scored_at_the_end(row) for row in unknown]]
 
 
 def applied(lm: LM, factors: dict[str, Pair]) -> Any:

@@ -56,7 +56,7 @@ class Goals:
 
     Attributes:
         forget: prompt with target for each fact and context, the bare prompt first.
-        retain: pools of prompts to keep, scored where their rows say; each step takes as many from one as from another.
+        retain: pools of prompts to keep, scored where their rows say; a step takes from each by the root of its size.
         text: windows of generic text, all positions scored.
     """
 
@@ -172,12 +172,13 @@ class _Draw:
         """Numbers of the prompts to keep, counted through all pools."""
         chosen: list[int] = []
         start, left = 0, self.hp.retain_batch
-        pools = [pool for pool in self.goals.retain if pool]
-        for number, pool in enumerate(pools):
-            share = -(-left // (len(pools) - number))
-            part = self._next(f"retain {number}", len(pool), share)
+        sizes = [len(pool) for pool in self.goals.retain if pool]
+        for number, size in enumerate(sizes):
+            # as many as the root of the pool's size: a large pool has more to say, a small one must not be left out
+            share = round(left * size**0.5 / sum(rest**0.5 for rest in sizes[number:]))
+            part = self._next(f"retain {number}", size, max(1, share))
             chosen += [start + i for i in part]
-            start, left = start + len(pool), left - len(part)
+            start, left = start + size, left - len(part)
         return chosen
 
     def text(self) -> list[int]:
