@@ -1,6 +1,8 @@
 """Wall time and peak memory of the README's command, stage by stage: a first run with an empty cache, and a second one.
 
 python benchmarks/demo.py --out benchmarks/results/demo.json
+
+What the first run printed goes to a text file beside the results.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from editunlearn.artifacts import atomic_write_json
+from editunlearn.artifacts import atomic_write_json, atomic_write_text
 
 COMMAND = ["-m", "editunlearn.apply", "--hparams", "memit.yaml"]
 
@@ -24,12 +26,13 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     """One run of the command; its own times and the whole process's."""
     out = folder / name
     start = time.perf_counter()
-    subprocess.run(
+    printed = subprocess.run(
         [sys.executable, *COMMAND, "--out", str(out)],
         check=True,
         env={**os.environ, "EDITUNLEARN_CACHE": str(folder / "cache")},
-        stdout=subprocess.DEVNULL,
-    )
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
     seconds = time.perf_counter() - start
     metrics = json.loads((out / "results.json").read_text())["metrics"]
     return {
@@ -37,6 +40,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         "wall_seconds": round(seconds, 1),
         **json.loads((out / "timing.json").read_text()),
         "metrics": metrics,
+        "printed": printed,
     }
 
 
@@ -47,6 +51,8 @@ def main() -> None:
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [run(Path(folder), name) for name in ("first", "second")]
+    printed = [made.pop("printed") for made in runs]
+    atomic_write_text(args.out.with_suffix(".txt"), printed[0])
     atomic_write_json(
         args.out, {"command": "python benchmarks/demo.py", "measured": " ".join(["python", *COMMAND]), "runs": runs}
     )
