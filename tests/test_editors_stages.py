@@ -189,6 +189,9 @@ def test_pinned_prompts(text: str) -> None:
     assert "The mother tongue of Japan is" in swapped[0] and "The Marie Curie was built in" in swapped[1]
     assert pinned("value.kl_on=subject") == [["Japan is a"], ["Marie Curie is a"]]
     assert pinned("value.kl=0") == [[], []]
+    first = settings("memit", text, "value.kl_on=subject", "subject_token=first")
+    (row,) = contexts.problems(lm, asked.facts, rows, asked.retain, first)[1].pinned
+    assert lm.tokenizer.decode(row.ids[row.lookup :]).strip() == "Marie Curie is a"  # from the first token on
 
 
 def test_facts_to_keep_are_thinned_evenly() -> None:

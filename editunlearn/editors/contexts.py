@@ -133,7 +133,8 @@ def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fac
         if hp.value.kl > 0:
             texts = [_swapped(k, fact.subject) for k in _nth(keep, number)] if hp.value.kl_on == "prompts" else []
             for text, start in texts or [(f"{fact.subject} is a", 0)]:
-                pinned.append(encode(lm, wrap(lm, text, (start, start + len(fact.subject)), question=False)))
+                prompt = wrap(lm, text, (start, start + len(fact.subject)), question=False)
+                pinned.append(encode(lm, prompt, None, hp.subject_token))
         found.append(Problem(tuple(targets[: hp.value.contexts]), tuple(pinned)))
     return found
 
