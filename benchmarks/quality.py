@@ -146,11 +146,15 @@ def main() -> None:
     facts = [f for f, known in zip(facts, _known(lm, facts, None), strict=True) if known]
     text = wikitext(args.text, lm)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
+    done.setdefault("commands", [])
     for other in args.also:
-        done["runs"] += [run for run in json.loads(other.read_text())["runs"] if run not in done["runs"]]
-    given = {**vars(args), "facts": args.facts.name, "text": args.text.name, "verbose": None, "also": None}
+        for part in ("runs", "commands"):
+            done[part] += [x for x in json.loads(other.read_text())[part] if x not in done[part]]
+    private = dict.fromkeys(("verbose", "also", "out"))
+    given = {**vars(args), "facts": args.facts.name, "text": args.text.name, **private}
     words = [[f"--{k}", *map(str, v if isinstance(v, list) else [v])] for k, v in given.items() if v]
-    done["command"] = shlex.join(["python", "benchmarks/quality.py", *(w for part in words for w in part)])
+    command = shlex.join(["python", "benchmarks/quality.py", *(w for part in words for w in part)])
+    done["commands"] += [command] if command not in done["commands"] else []
     done["environment"] = dict(environment())
     done["data"] = {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in (args.facts, args.text)}
     done["known_facts"] = len(facts)
@@ -177,7 +181,7 @@ def main() -> None:
             sys.stdout.flush()
     names = [config["name"] for config in yaml.safe_load(args.configs.read_text(encoding="utf-8"))]
     done["runs"].sort(key=lambda run: (names.index(run["name"]) if run["name"] in names else len(names), run["seed"]))
-    save(args.out, done)  # also when all was there: the command is the one that gives every row
+    save(args.out, done)
 
 
 def save(path: Path, done: dict[str, Any]) -> None:
@@ -217,7 +221,15 @@ def row(run: dict[str, Any]) -> str:
 def table(done: dict[str, Any]) -> str:
     """Markdown of all runs."""
     env = ", ".join(f"{k} {v}" for k, v in done["environment"].items())
-    lines = [f"`{done['command']}`", "", env, "", HEAD, "|" + "---|" * 12, *map(row, done["runs"])]
+    lines = [
+        *(f"    {command}" for command in done["commands"]),
+        "",
+        env,
+        "",
+        HEAD,
+        "|" + "---|" * 12,
+        *map(row, done["runs"]),
+    ]
     return "\n".join(lines) + "\n"
 
 
