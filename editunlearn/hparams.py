@@ -148,7 +148,7 @@ class NullSpace(Piece):
     )
 
 
-LEAST_STEPS, STEPS_PER_FACT = 40, 4
+LEAST_STEPS, STEPS_PER_FACT = 40, 5
 """Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
 
 
@@ -157,7 +157,7 @@ class Refine(Piece):
 
     steps: Steps = Field(
         default="auto",
-        description=f"Updates of Adam; auto: {STEPS_PER_FACT} a fact less {LEAST_STEPS}, and {LEAST_STEPS} at least.",
+        description=f"Updates of Adam; auto: {LEAST_STEPS}, or {STEPS_PER_FACT} a fact less {2 * LEAST_STEPS} if more.",
     )
     lr: Real = Field(
         default=0.05,
@@ -179,7 +179,7 @@ class Refine(Piece):
     def steps_for(self, facts: int) -> int:
         """Updates for that many facts to forget."""
         if self.steps == "auto":
-            return max(LEAST_STEPS, STEPS_PER_FACT * facts - LEAST_STEPS)
+            return max(LEAST_STEPS, STEPS_PER_FACT * facts - 2 * LEAST_STEPS)
         return self.steps
 
 

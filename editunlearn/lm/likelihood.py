@@ -12,6 +12,7 @@ from torch import Tensor
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import at_scored_positions, first_tensor
 from editunlearn.lm.tokens import Batch, Row, batch
+from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
@@ -67,7 +68,7 @@ def score(lm: LM, rows: Sequence[Row], *, closed: bool = True) -> list[Likelihoo
     def run(part: Sequence[int]) -> None:
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
         logits = target_logits(lm, padded).float()
-        log_p = logits.gather(1, padded.labels[:, None])[:, 0] - logits.logsumexp(-1)
+        log_p = -losses.cross_entropy(logits, padded.labels)
         best = logits.argmax(-1) == padded.labels
         for k, i in enumerate(part):
             mine = (padded.owners == k).nonzero()[:, 0]
@@ -78,8 +79,17 @@ def score(lm: LM, rows: Sequence[Row], *, closed: bool = True) -> list[Likelihoo
     return [r for r in results if r is not None]
 
 
+@torch.no_grad()
 def perplexity(lm: LM, pieces: Sequence[Sequence[int]]) -> float:
     """exp of the mean negative log-likelihood of all tokens but the first of each piece."""
-    scored = score(lm, [Row(tuple(p), 0, 1) for p in pieces], closed=False)
-    total = sum(s.log_probability for s in scored)
-    return float(torch.tensor(-total / sum(s.tokens for s in scored), dtype=torch.float64).exp())
+    rows = [Row(tuple(p), 0, 1) for p in pieces]
+    total = [0.0, 0]
+
+    def run(part: Sequence[int]) -> None:
+        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
+        token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
+        total[0] += float(token.double().sum())
+        total[1] += len(token)
+
+    halving(by_length([len(r.ids) for r in rows], SCORED_TOKENS), run, lambda _: None)
+    return float(torch.tensor(total[0] / total[1], dtype=torch.float64).exp())  # infinity, not an overflow error
