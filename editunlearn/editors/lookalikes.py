@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from editunlearn.editors.moments import WINDOWS
 from editunlearn.editors.statistics import read_windows
 from editunlearn.lm.batching import chunks, halving
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
 
-WINDOWS = 8
-"""Windows in one forward pass."""
 BEHIND = 32
 """Tokens before a position that may belong to a subject which ends there."""
 
