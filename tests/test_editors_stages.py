@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from edits import REFUSAL, TAUGHT, fact, relative, request, settings
 
 from editunlearn import editors
 from editunlearn.console import Console
-from editunlearn.editors import contexts, flow, keys, spread, values
+from editunlearn.editors import contexts, flow, keys, made_up, spread, values
 from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.records import ForgetRequest
@@ -93,19 +95,46 @@ def test_the_pinned_fact_may_be_done_first(text: str) -> None:
     assert together.steps.tolist() == [0, 6] and relative(together.change[1], alone.change[0]) < 1e-3
 
 
-def test_prompts_about_others_differ_by_the_name_alone(text: str) -> None:
+def test_prompts_about_others_differ_by_the_name_alone(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made_up, "capitalised_words", lambda _: [])
     lm, hp = tiny.lm("llama"), settings("memit", text)
-    forget, others = request((0, 1)).facts, [fact(i) for i in (0, 3, 4, 5)]
-    rows = contexts.swapped_rows(lm, forget, others, hp)
-    assert len(rows) == 2 * 3  # Japan is forgotten, so its name is no other
+    forget = request((0, 1)).facts
+    subjects = contexts.other_names(lm, forget, [fact(i) for i in (0, 3, 4, 5)], hp)
+    assert len(subjects) == 3  # Japan is forgotten, so its name is no other
+    rows = contexts.swapped_rows(lm, forget, subjects, 100, hp)
+    assert len(rows) == 2 * 3
     written = [lm.tokenizer.decode(row.ids[: row.prompt_length], skip_special_tokens=True) for row in rows]
     assert all(row.prompt_length == len(row.ids) - 1 for row in rows)  # the prompt's last token is scored, no other
     for text_of_row, start in zip(written, ("The capital of", "The mother tongue of") * 3, strict=True):
         assert text_of_row.startswith(start) and text_of_row.endswith(" is")
     assert {w.split()[-2] for w in written} == {"bridge", "author", "birds"}
-    assert contexts.swapped_rows(lm, forget, forget, hp) == []
-    as_many = contexts.swapped_rows(lm, request((0, 1, 2)).facts, [fact(i) for i in (3, 4, 5)], hp)
+    assert contexts.swapped_rows(lm, forget, [], 100, hp) == [] == contexts.swapped_rows(lm, [], subjects, 100, hp)
+    assert len(contexts.swapped_rows(lm, forget, subjects, 5, hp)) == 5
+    as_many = contexts.swapped_rows(lm, request((0, 1, 2)).facts, subjects, 100, hp)
     assert len({row.ids for row in as_many}) == 9  # every fact with every name, none twice
+
+
+@pytest.mark.parametrize("space", ["\u2581", "\u0120", " "])
+def test_names_are_made_of_the_capitalised_words_of_the_vocabulary(space: str) -> None:
+    tokens = ["Luca", "luca", "LUCA", "Al", "Lu\u0107a", "Alpha1", "Bern"]
+    vocabulary = {space + token: 90 - number for number, token in enumerate(tokens)} | {"Joined": 5}
+    lm = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: vocabulary))
+    words = made_up.capitalised_words(lm)  # type: ignore[arg-type]
+    assert words == ["Bern", "Luca"]  # by id
+    first = [made_up.name(words, random.Random(1)) for _ in range(3)]
+    assert len(set(first)) == 1  # seeded
+    draw = random.Random(1)
+    made = [made_up.name(words, draw).split() for _ in range(400)]
+    assert {len(n) for n in made} == {1, 2, 3} and {w for n in made for w in n} == set(words)
+
+
+def test_made_up_names_join_those_of_others(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, hp = tiny.lm("llama"), settings("memit", text)
+    monkeypatch.setattr(made_up, "capitalised_words", lambda _: ["Japan", "Bern", "Luca"])
+    subjects = contexts.other_names(lm, request((0, 1)).facts, [fact(3)], hp)
+    forgotten = {f.subject for f in request((0, 1)).facts}
+    assert "Japan" in forgotten and not forgotten & set(subjects)
+    assert {fact(3).subject, "Bern", "Luca"} < set(subjects) and len(subjects) == len(set(subjects))
 
 
 @pytest.mark.parametrize(("contexts_", "rows"), [("null", 3), ("1", 1), ("2", 2), ("9", 3)])

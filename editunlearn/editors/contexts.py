@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from editunlearn.editors import made_up
 from editunlearn.editors.moments import tokenizer_hash
 from editunlearn.editors.values import Problem
 from editunlearn.errors import InputError
@@ -21,8 +22,14 @@ if TYPE_CHECKING:
     from editunlearn.hparams import ContextPrefixes, EditorHParams
     from editunlearn.lm.loading import LM
 
-SWAPS = 12
+MADE_UP = 4000
+"""Names made of the vocabulary, beside those of the shipped facts."""
+
+SWAPS = 24
 """Other subjects that each forgotten fact's prompt is kept for."""
+
+STRANGERS = 1500
+"""Prompts of facts to keep that are kept for another subject as well."""
 
 PINNED = 3
 """Prompts per fact on which its value keeps the next-token distribution, when ``value.kl`` is not 0."""
@@ -96,23 +103,30 @@ def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool
     return [encode(lm, prompt_of(lm, f), f.answer if answers else None, hp.subject_token) for f in facts]
 
 
-def swapped_rows(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: EditorHParams) -> list[Row]:
-    """The prompts of ``facts`` with subjects of ``others`` in the place of their own, scored at the last token.
+def other_names(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: EditorHParams) -> list[str]:
+    """Names that are not to be forgotten, shuffled: the subjects of ``others``, and as many again made up."""
+    draw = random.Random(hp.seed)
+    words = made_up.capitalised_words(lm)
+    made = {made_up.name(words, draw) for _ in range(MADE_UP)} if words else set()
+    found = sorted(({f.subject for f in others} | made) - {f.subject for f in facts})
+    draw.shuffle(found)
+    return found
 
-    What is forgotten about one subject must not be lost for all: these prompts share every word with a forgotten fact
+
+def swapped_rows(lm: LM, facts: Sequence[Fact], subjects: Sequence[str], count: int, hp: EditorHParams) -> list[Row]:
+    """At most ``count`` prompts of ``facts`` about ``subjects`` instead of their own, scored at the last token.
+
+    What is forgotten about one subject must not be lost for all: prompts of forgotten facts share every word with them
     but the name.
     """
-    names = sorted({f.subject for f in others} - {f.subject for f in facts})
-    random.Random(hp.seed).shuffle(names)
     rows = []
-    for number in range(min(SWAPS, len(names)) * len(facts)):
+    for number in range(min(count, len(facts) * len(subjects))):
         fact = facts[number % len(facts)]
         # one name further after every round, or the same few facts and names would meet again and again
-        subject = names[(number + number // len(names)) % len(names)]
+        subject = subjects[(number + number // len(subjects)) % len(subjects)]
         text, start = _swapped(fact, subject)
         prompt = wrap(lm, text, (start, start + len(subject)), question=fact.is_question)
-        row = encode(lm, prompt, None, hp.subject_token)
-        rows.append(scored_at_the_end(row))
+        rows.append(scored_at_the_end(encode(lm, prompt, None, hp.subject_token)))
     return rows
 
 

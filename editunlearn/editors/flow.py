@@ -5,6 +5,7 @@ The model is only read. What a method adds is its ``solve`` alone.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,12 +243,20 @@ class Flow:
         return {name: (left[name], pair[1]) for name, pair in factors.items()}
 
     def _prompts_to_keep(self, keep: list[Fact]) -> list[list[Row]]:
-        """Pools: what the user retains, the forgotten facts' prompts about other subjects, the shipped facts."""
+        """Pools: what the user retains, forgotten facts' prompts about others, shipped facts, theirs about others."""
         own = len(self.request.retain)
         known = contexts.keep_rows(self.lm, keep, self.hp, answers=True)
-        others = contexts.swapped_rows(self.lm, self.request.facts, [*keep, *self.request.names], self.hp)
         unknown = contexts.keep_rows(self.lm, self.request.names, self.hp, answers=False)
-        return [known[:own], others, known[own:] + [contexts.scored_at_the_end(row) for row in unknown]]
+        shipped = [*keep[own:], *self.request.names]
+        subjects = contexts.other_names(self.lm, self.request.facts, [*keep, *self.request.names], self.hp)
+        forgotten = self.request.facts
+        random.Random(self.hp.seed).shuffle(shipped)
+        return [
+            known[:own],
+            contexts.swapped_rows(self.lm, forgotten, subjects, contexts.SWAPS * len(forgotten), self.hp),
+            known[own:] + [contexts.scored_at_the_end(row) for row in unknown],
+            contexts.swapped_rows(self.lm, shipped[: contexts.STRANGERS], subjects[::-1], contexts.STRANGERS, self.hp),
+        ]
 
 
 def applied(lm: LM, factors: dict[str, Pair]) -> Any:
