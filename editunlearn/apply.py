@@ -137,7 +137,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     checks.run(lambda: check_writable(out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
     if hp is not None and filled and not args.force:
-        checks.run(lambda: check_out(out, args, hp, filled))
+        checks.run(lambda: check_out(out, args, hp, filled, retain, past))
     checks.finish()
     assert hp is not None  # noqa: S101 - finish() raised otherwise
     return Plan(hp, facts, filled, strategy(facts, args.targets), retain, config, save, out, past)

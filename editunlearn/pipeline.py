@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -120,7 +119,7 @@ def forget(
     filled = fill_targets(facts, targets, seed=hp.seed, pool=[*facts, *retain] if targets == "random" else None)
     prompts = {comparable(f.prompt) for f in filled}
     retain = [f for f in retain if comparable(f.prompt) not in prompts]
-    kept = _without(retain, filled, console)
+    kept = without(retain, filled, console)
     with stages.timed("known facts"):
         general = general_facts(lm, filled, kept, cache, console)
     heldout = general.heldout
@@ -222,7 +221,6 @@ def run_inputs(
     from editunlearn.hparams import resolved
     from editunlearn.lm.fingerprint import model_fingerprint
 
-    earlier = {n: hashlib.sha256(k.numpy().tobytes()).hexdigest() for n, k in past.keys.items()} if past else {}
     return {
         "version": __version__,
         "torch": str(torch.__version__),
@@ -234,7 +232,7 @@ def run_inputs(
         "hparams": resolved(hp),
         "text": sha256_file(hp.moments.text) if Path(hp.moments.text).is_file() else hp.moments.text,
         "targets": targets,
-        "past": earlier,
+        "past": past.digest() if past else "",
     }
 
 
@@ -258,7 +256,7 @@ def general_facts(
     """Divide the shipped facts, less those about a subject that is to be forgotten or that the user retains."""
     shipped = load_facts(shipped_path("data", "general_facts.jsonl"))
     known = _known(lm, shipped, cache)
-    free = {f.id for f in _without(_without(shipped, facts), retain)}
+    free = {f.id for f in without(without(shipped, facts), retain)}
     sure = [f for f, knows in zip(shipped, known, strict=True) if knows and f.id in free]
     heldout = sure[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
     held = {comparable(f.subject) for f in heldout}
@@ -304,7 +302,7 @@ def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:
     return known
 
 
-def _without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console | None = None) -> list[Fact]:
+def without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console | None = None) -> list[Fact]:
     """``facts`` less those about a subject that is to be forgotten, or with a prompt that is."""
     subjects = {comparable(f.subject) for f in forgotten}
     prompts = {comparable(p) for f in forgotten for p in (f.prompt, *f.paraphrases)}

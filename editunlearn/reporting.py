@@ -22,12 +22,14 @@ from editunlearn.pipeline import (
     finish,
     make_room,
     result_rows,
+    without,
 )
 
 if TYPE_CHECKING:
     from editunlearn.apply import Plan
     from editunlearn.console import Console
     from editunlearn.deltas.gain import Gain
+    from editunlearn.editors.past import PastKeys
     from editunlearn.evaluation.scoring import Answered, Scores
     from editunlearn.facts.records import Fact
     from editunlearn.hparams import EditorHParams
@@ -61,15 +63,24 @@ NOTHING_THERE = {
 """Why a metric of this group is null."""
 
 
-def check_out(out: Path, args: argparse.Namespace, hp: EditorHParams, facts: Sequence[Fact]) -> None:
+def check_out(
+    out: Path,
+    args: argparse.Namespace,
+    hp: EditorHParams,
+    facts: Sequence[Fact],
+    retain: Sequence[Fact],
+    past: PastKeys | None,
+) -> None:
     """What is in ``--out`` and is not of this very request is not replaced without being asked.
 
     Raises:
         InputError: there is the finished run of another request, or something that no run has written.
     """
+    from editunlearn.deltas.arithmetic import dtype_name
     from editunlearn.deltas.files import MANIFEST, load_manifest
     from editunlearn.deltas.manifest import fact_set
     from editunlearn.hparams import resolved
+    from editunlearn.lm.loading import asked_dtype
 
     ways = "Choose another folder, or give --force."
     if not (out / MANIFEST).is_file():
@@ -81,10 +92,16 @@ def check_out(out: Path, args: argparse.Namespace, hp: EditorHParams, facts: Seq
         there = load_manifest(out)
     except InputError as error:
         raise InputError([f"--out {out}: {problem} {ways}" for problem in error.problems]) from error
+    earlier = past.digest() if past is not None else ""
+    asked = fact_set(facts, retain=without(retain, facts), past=earlier, salt=there.facts[0].salt)
+    wanted = asked_dtype(args.dtype)
+    dtypes = {site.base_dtype for site in there.sites.values()}
     other = [
         name
         for name, differs in {
-            "facts or targets": [part.sha256 for part in there.facts] != [fact_set(facts).sha256],
+            "facts or targets": [part.sha256 for part in there.facts] != [asked.sha256],
+            "retain facts or past keys": [part.beside for part in there.facts] not in ([asked.beside], [None]),
+            "dtype": wanted is not None and dtypes != {dtype_name(wanted)},
             "model": (there.base.name, there.base.revision) != (args.model, args.revision),
             "method or settings": (there.method, there.hparams) != (hp.method, resolved(hp)),
         }.items()

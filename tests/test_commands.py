@@ -263,6 +263,14 @@ def test_the_same_request_again_is_fine_and_another_needs_force(world: World, tm
     other = world.flags(tmp_path / "run", "--evaluate", "none", "--quiet", "--targets", "empty")
     called = call("apply", *other)
     assert called.code == 2 and "another request (other facts or targets)" in called.err
+    (tmp_path / "keep.jsonl").write_text('{"prompt": "Oslo lies in", "subject": "Oslo", "answer": "Norway"}\n')
+    for more, what in (
+        (["--retain", str(tmp_path / "keep.jsonl")], "retain facts or past keys"),
+        (["--past", str(tmp_path / "run" / "past_keys.safetensors")], "retain facts or past keys"),
+        (["--dtype", "bf16"], "dtype"),
+    ):
+        called = call("apply", *flags, *more)
+        assert called.code == 2 and f"another request (other {what})" in called.err, called.err
     assert (tmp_path / "run" / "delta.safetensors").read_bytes() == before
     assert call("apply", *other, "--force").code == 0
     assert listing(tmp_path / "run") == RUN_FILES  # the LoRA was of the other delta

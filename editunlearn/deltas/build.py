@@ -44,6 +44,8 @@ def make_delta(
     columns: Columns | Mapping[str, Columns],
     target_strategy: str,
     seeds: Mapping[str, int],
+    retain: Sequence[Fact] = (),
+    past: str = "",
     store_facts: bool = False,
     dtype: torch.dtype | None = None,
 ) -> LowRankDelta:
@@ -56,6 +58,7 @@ def make_delta(
         columns: for each rank column the id of its fact, None where it serves many. One list for all modules,
             or one for each.
         seeds: every seed by purpose, for example ``{"seed": 0}``.
+        retain: the user's facts to keep; they and ``past``, the hash of earlier edits' keys, are recorded as a hash.
         store_facts: keep the text of the facts in the manifest.
         dtype: what the merged model will be stored in; default: as loaded.
 
@@ -66,7 +69,7 @@ def make_delta(
     """
     check_finite(factors)
     factors = {name: Factors(f.left.detach(), f.right.detach()) for name, f in sorted(factors.items())}
-    asked = fact_set(facts, store_text=store_facts)
+    asked = fact_set(facts, retain=retain, past=past, store_text=store_facts)
     hashed = hash_columns(columns, list(factors), asked.salt)
     strangers = {column for row in hashed.values() for column in row if column is not None} - set(asked.ids)
     if strangers:

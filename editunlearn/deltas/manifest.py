@@ -39,6 +39,9 @@ class FactSet(_Record):
     salt: str = Field(description="Hex salt of every hash of this set.")
     sha256: str = Field(description="HMAC-SHA-256, keyed by the salt, of all facts in canonical JSON, sorted.")
     ids: tuple[str, ...] = Field(description="Hashed ids of the facts as asked for (see hash_id).")
+    beside: str | None = Field(
+        default=None, description="The same hash of the retain facts and past keys given with them; null: not recorded."
+    )
     removed: tuple[str, ...] = Field(default=(), description="Hashed ids of facts whose columns were taken out again.")
     text: tuple[dict[str, Any], ...] | None = Field(
         default=None, description="The facts themselves; null unless asked for."
@@ -158,20 +161,40 @@ def hash_id(fact_id: str, salt: str) -> str:
     return _hmac(fact_id, salt)[:16]
 
 
-def fact_set(facts: Sequence[Fact], *, salt: str | None = None, store_text: bool = False) -> FactSet:
+def fact_set(
+    facts: Sequence[Fact],
+    *,
+    retain: Sequence[Fact] = (),
+    past: str = "",
+    salt: str | None = None,
+    store_text: bool = False,
+) -> FactSet:
     """Summary of the facts of one run.
 
     Args:
         facts: the facts to forget.
+        retain: the user's facts to keep.
+        past: hash of the keys of earlier edits, "" for none.
         salt: hex; default: derived from the facts, so that the same run writes the same bytes.
         store_text: keep the facts themselves too.
     """
     plain = [plain_fact(fact) for fact in facts]
-    lines = sorted(json.dumps(fact, sort_keys=True, ensure_ascii=False) for fact in plain)
+    lines, kept = _lines(plain), _lines([plain_fact(fact) for fact in retain])
     salt = salt or hashlib.sha256("\n".join(["salt", *lines]).encode()).hexdigest()[:32]
     text = tuple(plain) if store_text else None
     ids = tuple(hash_id(fact.id, salt) for fact in facts)
-    return FactSet(count=len(plain), salt=salt, sha256=_hmac("\n".join(lines), salt), ids=ids, text=text)
+    return FactSet(
+        count=len(plain),
+        salt=salt,
+        sha256=_hmac("\n".join(lines), salt),
+        ids=ids,
+        beside=_hmac("\n".join([*kept, past]), salt),
+        text=text,
+    )
+
+
+def _lines(plain: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted(json.dumps(fact, sort_keys=True, ensure_ascii=False) for fact in plain)
 
 
 def plain_fact(fact: Fact) -> dict[str, Any]:

@@ -134,6 +134,8 @@ def run(
         columns=[f.id for f in request.facts],
         target_strategy=target_strategy,
         seeds={"seed": hp.seed},
+        retain=request.retain,
+        past=past.digest() if past is not None else "",
         store_facts=store_facts,
     )
     return delta, found.past

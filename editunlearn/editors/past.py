@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,11 @@ class PastKeys:
         """These keys and ``new`` ones after them; neither object is changed."""
         names = sorted(self.keys.keys() | new.keys())
         return PastKeys({n: torch.cat([k[n].float() for k in (self.keys, new) if n in k]) for n in names})
+
+    def digest(self) -> str:
+        """Hash of all keys; "" when there are none."""
+        parts = [n + hashlib.sha256(k.numpy().tobytes()).hexdigest() for n, k in sorted(self.keys.items())]
+        return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else ""
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""

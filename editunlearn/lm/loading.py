@@ -190,7 +190,7 @@ def load(
         UnsupportedError: an architecture without an MLP output projection to edit.
     """
     source = resolve_source(name)
-    wanted, device = _dtype(dtype), _device(device_map)
+    wanted, device = asked_dtype(dtype), _device(device_map)
     config = peek_config(name, revision, source=source)
     check_config(config)
     if config.model_type not in known_types():
@@ -222,7 +222,7 @@ def load(
 def check_options(dtype: str, device_map: str | None) -> None:
     """Raise InputError for a dtype or a device that ``load`` would refuse; lists both."""
     problems: list[str] = []
-    for check in (lambda: _dtype(dtype), lambda: _device(device_map)):
+    for check in (lambda: asked_dtype(dtype), lambda: _device(device_map)):
         try:
             check()
         except InputError as error:
@@ -231,7 +231,7 @@ def check_options(dtype: str, device_map: str | None) -> None:
         raise InputError(problems)
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def asked_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """None for ``auto``."""
     if isinstance(dtype, torch.dtype):
         dtype = dtype_name(dtype)
