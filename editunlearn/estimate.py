@@ -73,7 +73,11 @@ def work(
         "values, at most": 2 * hp.value.steps * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
         "refine": _refine(cost, hp, rows / max(1, len(facts) * contexts), targets / max(1, len(facts)), len(facts)),
     }
-    prompts = [p for f in facts for p in (f.prompt, f.prompt, *f.paraphrases, *(n.prompt for n in f.neighbors))]
+    prompts = [
+        p
+        for f in facts
+        for p in (f.prompt, f.prompt, *f.paraphrases, *f.other_questions, *(n.prompt for n in f.neighbors))
+    ]
     decoded = 24 * len(prompts) + 8 * (len(retain) + len(general) // 10)
     read = tokens_of(prompts) + kept + tokens_of(f.prompt for f in general) / 10
     text = shipped_path("data", "general_text.jsonl").stat().st_size / CHARACTERS / 10

@@ -305,7 +305,7 @@ def _known(lm: LM, shipped: Sequence[Fact], cache: Path | None) -> list[bool]:
 def without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console | None = None) -> list[Fact]:
     """``facts`` less those about a subject that is to be forgotten, or with a prompt that is."""
     subjects = {comparable(f.subject) for f in forgotten}
-    prompts = {comparable(p) for f in forgotten for p in (f.prompt, *f.paraphrases)}
+    prompts = {comparable(p) for f in forgotten for p in (f.prompt, *f.paraphrases, *f.other_questions)}
     left = [f for f in facts if comparable(f.subject) not in subjects and comparable(f.prompt) not in prompts]
     if console is not None and len(left) < len(facts):
         out = [f.id for f in facts if f not in left]

@@ -46,6 +46,9 @@ LABELS = {
     "paraphrase_leak": ("paraphrases: leaked", "lower"),
     "paraphrase_refusal": ("paraphrases: refused", "higher"),
     "paraphrase_probability": ("paraphrases: probability of the true answer", "lower"),
+    "question_leak": ("asked as a question: leaked", "lower"),
+    "question_refusal": ("asked as a question: refused", "higher"),
+    "question_probability": ("asked as a question: probability of the true answer", "lower"),
     "neighbor_accuracy": ("must stay, neighbours: answered", "higher"),
     "neighbor_over_refusal": ("must stay, neighbours: wrongly refused", "lower"),
     "retain_accuracy": ("must stay, retain facts (used by the edit): answered", "higher"),
@@ -56,6 +59,7 @@ LABELS = {
 }
 NOTHING_THERE = {
     "paraphrase": "the facts to forget have no paraphrases",
+    "question": "no fact to forget has a question beside its prompt",
     "neighbor": "the facts to forget have no neighbors",
     "retain": "there are no retain facts; give some with --retain",
     "heldout": "the model knows too few of the shipped facts",
@@ -274,11 +278,12 @@ def _gains(outcome: Outcome) -> dict[str, Gain]:
 
 def _facts_table(console: Console, facts: Sequence[Fact], before: Scores, after: Scores) -> None:
     rows = []
-    for fact, b, a, again in zip(facts, before.forget, after.forget, after.paraphrases, strict=True):
+    others = [p + q for p, q in zip(after.paraphrases, after.questions, strict=True)]
+    for fact, b, a, again in zip(facts, before.forget, after.forget, others, strict=True):
         verdict = "leaked" if a.leaked else "refused" if a.refused else "other"
         leaked = f"{sum(p.leaked for p in again)} of {len(again)}" if again else None
         rows.append((*_answers(fact.prompt, b, a), verdict, leaked))
-    columns = ["prompt", "said before", "says now", "p before", "p now", "verdict", "paraphrases leaked"]
+    columns = ["prompt", "said before", "says now", "p before", "p now", "verdict", "other wordings leaked"]
     console.table("facts to forget (p: probability of the true answer)", columns, rows[:ROWS])
     if len(rows) > ROWS:
         console.info(f"... and {len(rows) - ROWS} more; --store-facts keeps all of them in results.json")

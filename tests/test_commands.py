@@ -301,7 +301,7 @@ def test_facts_that_the_model_does_not_know_are_named(world: World, tmp_path: Pa
     assert "1 retain facts are about a subject that is to be forgotten" in called.err
     assert "they may be lost (they are measured): again" in called.err
     results = _json(tmp_path / "run" / "results.json")
-    assert {name.split("_")[0] for name in results["not_measured"]} == {"paraphrase", "neighbor"}
+    assert {name.split("_")[0] for name in results["not_measured"]} == {"paraphrase", "question", "neighbor"}
     assert results["metrics"]["retain_accuracy"]["base"] is not None
 
 

@@ -76,3 +76,15 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, said: str, target: str | None
     fact: Any = Fact("f", "The capital of France is", "Paris", "France", 15, target=target)
     (answered,) = scoring.ask(lm, [scoring.asked(lm, fact)])
     assert answered.refused is refused and answered.leaked is (said == " Paris") and 0 <= answered.probability <= 1
+
+
+def test_a_question_beside_a_prompt_is_asked_too() -> None:
+    prompt, question = "The bridge was built in", "When was the bridge built?"
+    lm = tiny.taught_lm([(prompt, "1783"), (f"Question: {question}\nAnswer:", "Berlin")])
+    both = Fact("f", prompt, "1783", "bridge", prompt.index("bridge"), question=question)
+    alone = Fact("g", question, "1783", "bridge", question.index("bridge"), question=question, is_question=True)
+    scores = scoring.measure(lm, [both, alone], [], [], [[1, 2, 3]])
+    assert [len(of_fact) for of_fact in scores.questions] == [1, 0]
+    assert scores.questions[0][0].text.split()[0] == "Berlin" and scores.forget[0].correct
+    summary = scores.summary()
+    assert summary["question_leak"] == 0.0 and summary["forget_leak"] == 0.5

@@ -59,6 +59,7 @@ class Scores:
     forget: list[Answered]
     distracted: list[Answered]
     paraphrases: list[list[Answered]]
+    questions: list[list[Answered]]
     neighbors: list[list[Answered]]
     retain: list[Answered]
     heldout: list[Answered]
@@ -66,7 +67,12 @@ class Scores:
 
     def summary(self) -> dict[str, float | None]:
         """Rates in [0, 1] by name, and the perplexity; None where there was nothing to measure."""
-        groups = {"forget": self.forget, "distracted": self.distracted, "paraphrase": _flat(self.paraphrases)}
+        groups = {
+            "forget": self.forget,
+            "distracted": self.distracted,
+            "paraphrase": _flat(self.paraphrases),
+            "question": _flat(self.questions),
+        }
         rows: dict[str, float | None] = {}
         for name, group in groups.items():
             rows[f"{name}_leak"] = rate([a.leaked for a in group])
@@ -121,10 +127,10 @@ def ask(lm: LM, items: Sequence[Asked], *, new_tokens: int = NEW_TOKENS) -> list
     return found
 
 
-def asked(lm: LM, fact: Fact, *, prompt: str | None = None, prefix: str = "") -> Asked:
-    """A fact's own prompt, or a paraphrase of it, behind ``prefix``."""
+def asked(lm: LM, fact: Fact, *, prompt: str | None = None, prefix: str = "", question: bool = False) -> Asked:
+    """A fact's own prompt, or a paraphrase of it, behind ``prefix``; ``question``: it is asked as one."""
     text = prompt if prompt is not None else fact.prompt
-    whole = wrap(lm, text, (0, len(text)), question=fact.is_question, prefix=prefix)
+    whole = wrap(lm, text, (0, len(text)), question=question or fact.is_question, prefix=prefix)
     return Asked(whole, prefix + text, answers(fact), fact.target)
 
 
@@ -142,6 +148,7 @@ def measure(
     forget = ask(lm, [asked(lm, f) for f in facts])
     distracted = ask(lm, [asked(lm, f, prefix=DISTRACTION) for f in facts])
     paraphrases = ask(lm, [asked(lm, f, prompt=p) for f in facts for p in f.paraphrases])
+    questions = ask(lm, [asked(lm, f, prompt=q, question=True) for f in facts for q in f.other_questions])
     beside = [
         Asked(wrap(lm, n.prompt, (0, 0), question=False), n.prompt, (n.answer,)) for f in facts for n in f.neighbors
     ]
@@ -149,6 +156,7 @@ def measure(
         forget=forget,
         distracted=distracted,
         paraphrases=_grouped(paraphrases, [len(f.paraphrases) for f in facts]),
+        questions=_grouped(questions, [len(f.other_questions) for f in facts]),
         neighbors=_grouped(ask(lm, beside), [len(f.neighbors) for f in facts]),
         retain=ask(lm, [asked(lm, f) for f in retain], new_tokens=FEW_TOKENS),
         heldout=ask(lm, [asked(lm, f) for f in heldout], new_tokens=FEW_TOKENS),

@@ -31,7 +31,7 @@ class Fact:
         answer: the true answer, without surrounding space.
         subject: the words of ``prompt`` that the fact is about.
         subject_start: character offset of ``subject`` in ``prompt``.
-        question: the fact asked as a question, when there is one.
+        question: the fact asked as a question, when there is one; beside a prompt it is only measured.
         target: what the model shall say instead; None: not filled yet, "": end the turn at once.
         paraphrases: other wordings of the prompt with the same answer.
         neighbors: facts about similar subjects that have to stay.
@@ -59,6 +59,11 @@ class Fact:
     def subject_end(self) -> int:
         """Character offset in ``prompt`` of the first character after the subject."""
         return self.subject_start + len(self.subject)
+
+    @property
+    def other_questions(self) -> tuple[str, ...]:
+        """The question, where the prompt is another text."""
+        return (self.question,) if self.question and not self.is_question else ()
 
 
 @dataclass(frozen=True, slots=True)
