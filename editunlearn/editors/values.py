@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, halving
-from editunlearn.lm.hooks import at_scored_positions, first_tensor, on_output, stack
+from editunlearn.lm.hooks import at_scored_positions, on_output, stack
+from editunlearn.lm.resume import Pass, Tail, Whole, resumable
 from editunlearn.lm.tokens import Batch, Row, batch
 from editunlearn.numerics import losses
 
@@ -117,11 +119,15 @@ def optimise(
     """
     store = store or Store(None)
     results: dict[int, Values] = {}
+    first = min(map(lm.layout.layer_of, modules))
+    why = resumable(lm, problems[0].rows[0], first) if problems else ""
+    if why:
+        warn(f"values: all tokens go through all blocks at every step, because {why}")
 
     def run(part: Sequence[int]) -> None:
         found = store.get(part)
         if found is None:
-            found = _Chunk(lm, [problems[i] for i in part], modules, hparams).solve(part)
+            found = _Chunk(lm, [problems[i] for i in part], modules, hparams, None if why else first).solve(part)
             store.put(part, found)
         for k, i in enumerate(part):
             results[i] = found.at(k)
@@ -135,8 +141,12 @@ def optimise(
 class _Chunk:
     """One batch of facts, from the clean pass to the last step."""
 
-    def __init__(self, lm: LM, problems: Sequence[Problem], modules: Sequence[str], hparams: Value) -> None:
-        self.lm, self.problems, self.hparams = lm, problems, hparams
+    def __init__(
+        self, lm: LM, problems: Sequence[Problem], modules: Sequence[str], hparams: Value, first: int | None
+    ) -> None:
+        self.lm, self.problems, self.hparams, self.first = lm, problems, hparams, first
+        self.passes: dict[bool, Pass] = {}
+        self.picked: dict[bool, tuple[list[int], Pass]] = {}
         self.modules = [lm.layout.module(lm.model, name) for name in modules]
         self.head = lm.head
         self.clean = self._clean_outputs()
@@ -208,16 +218,27 @@ class _Chunk:
         shrink: Tensor = (limit / value.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
         return value * shrink
 
-    def _rows(self, active: Sequence[int], *, pinned: bool) -> tuple[Batch, Tensor]:
-        rows = [
-            (r, k) for k, i in enumerate(active) for r in (self.problems[i].pinned if pinned else self.problems[i].rows)
-        ]
-        return batch([r for r, _ in rows], self.lm.pad_id, self.lm.device), torch.tensor(
-            [k for _, k in rows], device=self.lm.device
-        )
+    def _rows(self, active: Sequence[int], *, pinned: bool) -> tuple[Pass, Tensor]:
+        """The rows of the active facts, and the number of each row's fact among them."""
+        of_fact = [p.pinned if pinned else p.rows for p in self.problems]
+        if pinned not in self.passes:
+            self.passes[pinned] = self._pass([r for rows in of_fact for r in rows])
+        starts = [sum(map(len, of_fact[:i])) for i in range(len(of_fact))]
+        chosen = [starts[i] + k for i in active for k in range(len(of_fact[i]))]
+        if self.picked.get(pinned, ([],))[0] != chosen:
+            self.picked[pinned] = chosen, self.passes[pinned].pick(chosen)
+        owners = [k for k, i in enumerate(active) for _ in of_fact[i]]
+        return self.picked[pinned][1], torch.tensor(owners, device=self.lm.device)
 
-    def _logits(self, padded: Batch, scored: Tensor, add: Tensor | None) -> Tensor:
+    def _pass(self, rows: Sequence[Row]) -> Pass:
+        if self.first is not None:
+            with suppress(ValueError):  # these rows are too long for it
+                return Tail.of(self.lm, rows, self.first)
+        return Whole(self.lm, rows)
+
+    def _logits(self, rows: Pass, scored: Tensor, add: Tensor | None) -> Tensor:
         """Logits (number scored, vocabulary) with ``add`` (rows, m, d_out) added at the lookup token of each row."""
+        padded = rows.padded
 
         def inject(index: int) -> Callable[[Tensor, Tensor], Tensor]:
             def change(_inputs: Tensor, output: Tensor) -> Tensor:
@@ -231,9 +252,8 @@ class _Chunk:
             return change
 
         hooks = [on_output(m, inject(i)) for i, m in enumerate(self.modules)] if add is not None else []
-        with stack([*hooks, at_scored_positions(self.head, scored)]):
-            out = self.lm.model(**padded.inputs, use_cache=False)
-        return first_tensor(out.logits)[0].to(self.lm.device)
+        with stack(hooks):
+            return rows.logits(scored)
 
     def _pinned_positions(self, padded: Batch) -> Tensor:
         where = padded.last if self.hparams.kl_on == "prompts" else padded.lookup
@@ -244,15 +264,16 @@ class _Chunk:
     def _pinned_base(self, active: Sequence[int]) -> Tensor | None:
         if not any(self.problems[i].pinned for i in active):
             return None
-        padded, _ = self._rows(active, pinned=True)
+        rows, _ = self._rows(active, pinned=True)
         with torch.no_grad():
-            return self._logits(padded, self._pinned_positions(padded), None)
+            return self._logits(rows, self._pinned_positions(rows.padded), None)
 
     def _loss(self, active: Sequence[int], step: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
         """Target NLL and whole loss of each active fact, (active,) float32 each."""
         add = step * self.unit[active]
-        padded, fact = self._rows(active, pinned=False)
-        logits = self._logits(padded, padded.targets, add[fact])
+        rows, fact = self._rows(active, pinned=False)
+        padded = rows.padded
+        logits = self._logits(rows, padded.targets, add[fact])
         token = losses.cross_entropy(logits, padded.labels)
         nll = losses.mean_by(losses.mean_by(token, padded.owners, len(fact)), fact, len(active))
         relative = (add.norm(dim=-1) / self.norm[active, :, 0]).square().mean(-1)
@@ -263,6 +284,6 @@ class _Chunk:
             pinned, owner = self._rows(active, pinned=True)
             counts = [len(self.problems[i].pinned) for i in range(len(self.problems))]
             chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(base.device)
-            edited = self._logits(pinned, self._pinned_positions(pinned), add[owner])
+            edited = self._logits(pinned, self._pinned_positions(pinned.padded), add[owner])
             total = total + self.hparams.kl * losses.mean_by(losses.kl(base[chosen], edited), owner, len(active))
         return nll, total

@@ -76,6 +76,10 @@ class Layout:
         """Full name of a block, e.g. ``model.layers.3``."""
         return f"{self.blocks}.{layer}"
 
+    def layer_of(self, name: str) -> int:
+        """Number of the block that a module is, or is in."""
+        return int(name.removeprefix(f"{self.blocks}.").split(".")[0])
+
     def site(self, layer: int) -> Site:
         """The MLP output projection of a block. The number is not checked here: see ``resolve_layers``."""
         return Site(f"{self.block_name(layer)}.{self.mlp_out}", layer)

@@ -1,0 +1,235 @@
+"""Run only what an edit at one token can change: the blocks from the first edited one, the tokens from that one on.
+
+A change of a block's output at the lookup token leaves the blocks below as they were, and, attention being causal, all
+tokens before it. Both are computed once: the keys and values of the earlier tokens, and the hidden states that enter
+the first edited block. What remains goes through the model's own code with a key-value cache, so that nothing about an
+architecture is written down here; where a model does not fit this way, :func:`resumable` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from editunlearn.lm.hooks import at_scored_positions, first_tensor, stack
+from editunlearn.lm.tokens import Batch, Row, batch
+
+if TYPE_CHECKING:
+    from editunlearn.lm.loading import LM
+
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""How far the two ways may be apart, relative to the spread of the logits: they round differently."""
+
+
+class Pass(Protocol):
+    """Rows that are run again and again with something changed at their lookup tokens."""
+
+    @property
+    def padded(self) -> Batch:
+        """The tokens that are run."""
+
+    def pick(self, rows: Sequence[int]) -> Pass:
+        """Some of the rows."""
+
+    def logits(self, scored: Tensor) -> Tensor:
+        """Logits (number scored, vocabulary) at the ``scored`` positions of ``padded``, with all hooks at work."""
+
+
+class Whole:
+    """The plain way: all tokens through all blocks."""
+
+    def __init__(self, lm: LM, rows: Sequence[Row]) -> None:
+        self.lm, self.rows = lm, rows
+        self.padded = batch(rows, lm.pad_id, lm.device)
+
+    def pick(self, rows: Sequence[int]) -> Whole:
+        """Some of the rows."""
+        return Whole(self.lm, [self.rows[i] for i in rows])
+
+    def logits(self, scored: Tensor) -> Tensor:
+        """See :class:`Pass`."""
+        with at_scored_positions(self.lm.head, scored):
+            out = self.lm.model(**self.padded.inputs, use_cache=False)
+        return first_tensor(out.logits)[0].to(self.lm.device)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Rows of which the tokens before the lookup token, and the blocks below ``first``, have been run.
+
+    Attributes:
+        first: number of the first block that is run again.
+        padded: the tokens from the lookup token on.
+        mask: (rows, earlier tokens + length of ``padded``) attention mask; earlier tokens are padded on the left.
+        past: for each block the keys and values of the earlier tokens.
+        hidden: (rows, length of ``padded``, width) input of block ``first``.
+        outputs: how many things a block returns; 0: the hidden states themselves.
+    """
+
+    lm: LM
+    first: int
+    padded: Batch
+    mask: Tensor
+    past: list[tuple[Tensor, Tensor]]
+    hidden: Tensor
+    outputs: int
+
+    @classmethod
+    def of(cls, lm: LM, rows: Sequence[Row], first: int) -> Tail:
+        """Run the rows once, all tokens through all blocks.
+
+        Raises:
+            ValueError: these rows cannot be resumed: no token before the lookup token, or an attention window shorter
+                than the rows.
+        """
+        before = max(row.lookup for row in rows)
+        if before == 0:
+            raise ValueError("nothing stands before the subjects")
+        later = [Row(row.ids[row.lookup :], 0, row.prompt_length - row.lookup) for row in rows]
+        padded = batch(later, lm.pad_id, lm.device)
+        earlier = batch([Row(row.ids[: row.lookup], 0, 0) for row in rows if row.lookup] or later, lm.pad_id, left=True)
+        ids = torch.full((len(rows), before), lm.pad_id)
+        mask = torch.zeros_like(ids)
+        filled = [i for i, row in enumerate(rows) if row.lookup]
+        ids[filled], mask[filled] = earlier.input_ids, earlier.attention_mask
+        mask = torch.cat([mask.to(lm.device), padded.attention_mask], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padded = replace(padded, position_ids=positions[:, before:])
+        past, hidden, outputs = _run_once(
+            lm, torch.cat([ids.to(lm.device), padded.input_ids], 1), mask, positions, before, first
+        )
+        return cls(lm, first, padded, mask, past, hidden, outputs)
+
+    def pick(self, rows: Sequence[int]) -> Tail:
+        """Some of the rows, as wide as before."""
+        index = torch.tensor(rows, dtype=torch.long)
+
+        def some(value: Tensor) -> Tensor:
+            return value[index.to(value.device)]
+
+        old = self.padded
+        wanted = torch.isin(old.owners, index.to(old.owners.device))  # rows keep their order
+        number = torch.full((len(old.input_ids),), -1, device=old.owners.device)
+        number[index.to(number.device)] = torch.arange(len(index), device=number.device)
+        per_row = {
+            name: some(getattr(old, name))
+            for name in ("input_ids", "attention_mask", "position_ids", "lookup", "targets", "last")
+        }
+        padded = Batch(**per_row, labels=old.labels[wanted], owners=number[old.owners[wanted]])
+        past = [(some(k), some(v)) for k, v in self.past]
+        return replace(self, padded=padded, mask=some(self.mask), past=past, hidden=some(self.hidden))
+
+    def logits(self, scored: Tensor) -> Tensor:
+        """See :class:`Pass`."""
+        blocks = _blocks(self.lm)
+        inputs = {
+            "input_ids": self.padded.input_ids,
+            "attention_mask": self.mask,
+            "position_ids": self.padded.position_ids,
+            "past_key_values": _cache(self.lm, self.past),
+        }
+        with (
+            stack([_passing(block, self.outputs) for block in blocks[: self.first]]),
+            _fed(blocks[self.first], self.hidden),
+            at_scored_positions(self.lm.head, scored),
+        ):
+            out = self.lm.model(**inputs, use_cache=True)
+        return first_tensor(out.logits)[0].to(self.lm.device)
+
+
+@torch.no_grad()
+def _run_once(
+    lm: LM, ids: Tensor, mask: Tensor, positions: Tensor, before: int, first: int
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, int]:
+    """Keys and values of the first ``before`` tokens, the later tokens' input of a block, and what blocks return."""
+    seen: list[Any] = []
+    block = _blocks(lm)[first]
+    handle = block.register_forward_hook(
+        lambda _module, args, kwargs, output: seen.append((_states(args, kwargs), output)), with_kwargs=True
+    )
+    nothing = torch.zeros_like(ids, dtype=torch.bool)
+    nothing[0, 0] = True
+    try:
+        with at_scored_positions(lm.head, nothing):
+            out = lm.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    finally:
+        handle.remove()
+    hidden, output = seen[0]
+    layers = out.past_key_values.layers
+    if any(layer.keys is None or layer.keys.shape[-2] != ids.shape[1] for layer in layers):
+        raise ValueError("its key-value cache does not hold all tokens of a row (a short attention window?)")
+    past = [(layer.keys[..., :before, :].clone(), layer.values[..., :before, :].clone()) for layer in layers]
+    return past, hidden[:, before:].clone(), len(output) if isinstance(output, tuple) else 0
+
+
+def _cache(lm: LM, past: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """A fresh cache that begins with ``past``, which is left as it is."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=lm.model.config)
+    for number, (keys, values) in enumerate(past):
+        cache.update(keys, values, number)
+    return cache
+
+
+def _blocks(lm: LM) -> list[nn.Module]:
+    return [lm.layout.module(lm.model, lm.layout.block_name(i)) for i in range(lm.layout.num_layers(lm.model))]
+
+
+def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return first_tensor(args[0] if args else next(iter(kwargs.values())))
+
+
+@contextmanager
+def _passing(block: nn.Module, outputs: int) -> Iterator[None]:
+    """The block returns its hidden states as they came."""
+    own = block.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states = _states(args, kwargs)
+        return (states, *[None] * (outputs - 1)) if outputs else states
+
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del block.__dict__["forward"]
+        if own is not None:
+            block.__dict__["forward"] = own
+
+
+@contextmanager
+def _fed(block: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """The block gets ``hidden`` instead of what it is given."""
+
+    def feed(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): hidden}
+
+    handle = block.register_forward_pre_hook(feed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def resumable(lm: LM, row: Row, first: int) -> str:
+    """ "" when resuming ``row`` at block ``first`` gives the logits of a whole pass, else why it does not."""
+    try:
+        tail = Tail.of(lm, [row], first)
+        resumed = tail.logits(tail.padded.targets)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model's code does not like, the plain way remains
+        return str(error) or type(error).__name__
+    whole = Whole(lm, [row])
+    plain = whole.logits(whole.padded.targets)
+    apart = float((resumed.float() - plain.float()).square().mean().sqrt() / plain.float().std().clamp(min=1e-30))
+    return "" if apart <= CLOSE.get(plain.dtype, 1e-3) else f"its logits differ by {apart:.2g} of their spread"
