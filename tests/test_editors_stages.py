@@ -15,7 +15,7 @@ from edits import REFUSAL, TAUGHT, fact, relative, request, settings
 
 from editunlearn import editors
 from editunlearn.console import Console
-from editunlearn.editors import contexts, flow, keys, made_up, spread, values
+from editunlearn.editors import contexts, flow, keys, made_up, memit, spread, values
 from editunlearn.editors.closed_form import SiteProblem
 from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, NumericalError
@@ -139,11 +139,11 @@ def test_prompts_to_keep_add_to_the_second_moment(text: str, monkeypatch: pytest
         moments.append(problem.moment)
         return solve(problem, hp)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(editors, "module", lambda _: SimpleNamespace(solve=spy, DEFAULT_LAYERS=(0.5,)))
+    solve = memit.solve
+    monkeypatch.setattr(memit, "solve", spy)
     for prompts in (0, 0.5, 1.0):
-        hp = settings(
-            "memit", text, f"retain.prompts={prompts}", "retain.lookalikes=0", "moments.weight=10", layers=[1]
-        )
+        more = (f"retain.prompts={prompts}", "retain.lookalikes=0", "moments.weight=10")
+        hp = settings("memit", text, *more, layers=[1])
         editors.fit(lm, request(), hp)
     none, half, whole = (m.double() for m in moments)
     assert relative(whole - none, 2 * (half - none)) < 1e-4 and float(torch.linalg.eigvalsh(half - none).min()) > -1e-6
