@@ -128,11 +128,6 @@ class Retain(Piece):
 
     weight: Real = Field(default=10.0, ge=0, description="Weight of the retain keys; 0 leaves them out.")
     max_keys: Whole = Field(default=4000, ge=1, description="Most retain keys to use; more are sampled down.")
-    prompts: Real = Field(
-        default=0.0,
-        ge=0,
-        description="How often each token of prompts to keep (and of forgotten ones about other subjects) counts.",
-    )
     lookalikes: Whole = Field(
         default=0,
         ge=0,

@@ -15,13 +15,11 @@ from edits import REFUSAL, TAUGHT, fact, relative, request, settings
 
 from editunlearn import editors
 from editunlearn.console import Console
-from editunlearn.editors import contexts, flow, keys, made_up, memit, spread, values
-from editunlearn.editors.closed_form import SiteProblem
+from editunlearn.editors import contexts, flow, keys, made_up, spread, values
 from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.records import ForgetRequest
 from editunlearn.hparams import EditorHParams, load_hparams
-from editunlearn.numerics.moments import SecondMoment
 from editunlearn.workspace import Workspace
 
 
@@ -114,40 +112,6 @@ def test_prompts_about_others_differ_by_the_name_alone(text: str, monkeypatch: p
     assert len(contexts.swapped_rows(lm, forget, subjects, 5, hp)) == 5
     as_many = contexts.swapped_rows(lm, request((0, 1, 2)).facts, subjects, 100, hp)
     assert len({row.ids for row in as_many}) == 9  # every fact with every name, none twice
-
-
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_the_tokens_around_the_subjects_are_counted_too(kind: str, text: str) -> None:
-    lm, hp = tiny.lm(kind), settings("memit", text)
-    sites = lm.layout.sites([0, 1])
-    held = contexts.keep_rows(lm, [fact(i) for i in (1, 3, 5)], hp, answers=True)
-    around: dict[str, SecondMoment] = {}
-    found = keys.collect(lm, held, sites, around=around)
-    alone = keys.collect(lm, held, sites)
-    assert all(torch.equal(found[s.name], alone[s.name]) for s in sites)
-    each = [(r, place) for r in held for place in range(1, r.prompt_length)]  # no BOS, no answer
-    one_by_one = keys.collect(lm, [replace(r, lookup=place) for r, place in each], sites)
-    for name, rows in one_by_one.items():
-        assert around[name].count == len(each)
-        assert relative(around[name].total, rows.double().T @ rows.double()) < 1e-5
-
-
-def test_prompts_to_keep_add_to_the_second_moment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, moments = tiny.lm(), []
-
-    def spy(problem: SiteProblem, hp: EditorHParams) -> Any:
-        moments.append(problem.moment)
-        return solve(problem, hp)  # type: ignore[arg-type]
-
-    solve = memit.solve
-    monkeypatch.setattr(memit, "solve", spy)
-    for prompts in (0, 0.5, 1.0):
-        more = (f"retain.prompts={prompts}", "retain.lookalikes=0", "moments.weight=10")
-        hp = settings("memit", text, *more, layers=[1])
-        editors.fit(lm, request(), hp)
-    none, half, whole = (m.double() for m in moments)
-    assert relative(whole - none, 2 * (half - none)) < 1e-4 and float(torch.linalg.eigvalsh(half - none).min()) > -1e-6
-    assert float((whole - none).diagonal().sum()) > 0
 
 
 @pytest.mark.parametrize("space", ["\u2581", "\u0120", " "])

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from editunlearn.hparams import EditorHParams
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
-    from editunlearn.numerics.moments import SecondMoment
     from editunlearn.workspace import Workspace
 
 Pair = tuple[Tensor, Tensor]
@@ -148,7 +147,7 @@ class Flow:
     ) -> tuple[dict[str, Pair], dict[str, SiteProblem]]:
         """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
         lm = self.lm
-        kept, second = self._preserved(sites, rows, keep, second)
+        kept = self._kept_keys(sites, rows, keep, second)
         factors: dict[str, Pair] = {}
         solved: dict[str, SiteProblem] = {}
         with self.console.progress(len(sites), "solves (layers)") as bar:
@@ -190,26 +189,17 @@ class Flow:
             raise NumericalError(f"{site.name}: {error}") from error
         return found
 
-    def _preserved(
+    def _kept_keys(
         self, sites: list[Site], rows: ForgetRows, keep: list[Fact], second: dict[str, Tensor | None]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """By site, keys (m, d_in) of facts to keep and of text that would be taken for a forgotten subject; and the
-        second moments, with the prompts to keep in them."""
+    ) -> dict[str, Tensor]:
+        """By site, the keys of facts to keep and of text that would be taken for a forgotten subject, (m, d_in)."""
         hp = self.hp.retain
-        if hp.weight == 0 and hp.prompts == 0:
-            return {}, second
-        others = [*keep, *self.request.names]
-        held = contexts.keep_rows(self.lm, others[: hp.max_keys], self.hp, answers=False)
-        around: dict[str, SecondMoment] | None = {} if hp.prompts else None
-        kept = keys.collect(self.lm, held, sites, around=around, warn=self.console.warn) if held else {}
-        if around is not None:
-            if swapped := self._swapped(others):
-                keys.collect(self.lm, swapped, sites, around=around, warn=self.console.warn)
-            second = {**second, **{name: self._with_prompts(second[name], seen) for name, seen in around.items()}}
         if hp.weight == 0:
-            return {}, second
+            return {}
+        held = contexts.keep_rows(self.lm, [*keep, *self.request.names][: hp.max_keys], self.hp, answers=False)
+        kept = keys.collect(self.lm, held, sites, warn=self.console.warn) if held else {}
         if hp.lookalikes == 0 or self.hp.moments.text == "none":
-            return kept, second
+            return kept
         answers: dict[str, Tensor] = {}
         for name, raw in keys.collect(self.lm, rows.keys, sites, warn=self.console.warn).items():
             site = next(s for s in sites if s.name == name)
@@ -219,19 +209,7 @@ class Flow:
             answers[name] = right / own.clamp(min=LEAST_ANSWER)
         subjects = [f.subject for f in self.request.facts]
         found = lookalikes.find(self.lm, answers, sites, self._text(), subjects, hp.lookalikes, warn=self.console.warn)
-        return {name: torch.cat([kept[name], more]) if name in kept else more for name, more in found.items()}, second
-
-    def _with_prompts(self, moment: Tensor | None, prompts: SecondMoment) -> Tensor | None:
-        """``C`` and each token of the prompts ``retain.prompts`` times, in units of ``moments.weight``."""
-        if moment is None:
-            return None
-        return moment + (self.hp.retain.prompts / self.hp.moments.weight * prompts.total.cpu()).float()
-
-    def _swapped(self, others: list[Fact]) -> list[Row]:
-        """The forgotten facts' prompts about other subjects."""
-        forgotten = self.request.facts
-        subjects = contexts.other_names(self.lm, forgotten, others, self.hp)
-        return contexts.swapped_rows(self.lm, forgotten, subjects, contexts.SWAPS * len(forgotten), self.hp)
+        return {name: torch.cat([kept[name], more]) if name in kept else more for name, more in found.items()}
 
     def _refine(
         self, factors: dict[str, Pair], solved: dict[str, SiteProblem], rows: ForgetRows, keep: list[Fact]
@@ -270,12 +248,12 @@ class Flow:
         known = contexts.keep_rows(self.lm, keep, self.hp, answers=True)
         unknown = contexts.keep_rows(self.lm, self.request.names, self.hp, answers=False)
         shipped = [*keep[own:], *self.request.names]
-        others = [*keep, *self.request.names]
-        subjects = contexts.other_names(self.lm, self.request.facts, others, self.hp)
+        subjects = contexts.other_names(self.lm, self.request.facts, [*keep, *self.request.names], self.hp)
+        forgotten = self.request.facts
         random.Random(self.hp.seed).shuffle(shipped)
         return [
             known[:own],
-            self._swapped(others),
+            contexts.swapped_rows(self.lm, forgotten, subjects, contexts.SWAPS * len(forgotten), self.hp),
             known[own:] + [contexts.scored_at_the_end(row) for row in unknown],
             contexts.swapped_rows(self.lm, shipped[: contexts.STRANGERS], subjects[::-1], contexts.STRANGERS, self.hp),
         ]

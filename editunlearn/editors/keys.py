@@ -10,8 +10,7 @@ from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import read_inputs
-from editunlearn.lm.tokens import Batch, Row, batch
-from editunlearn.numerics.moments import SecondMoment
+from editunlearn.lm.tokens import Row, batch
 
 if TYPE_CHECKING:
     from editunlearn.lm.layout import Site
@@ -19,17 +18,9 @@ if TYPE_CHECKING:
 
 
 def collect(
-    lm: LM,
-    rows: Sequence[Row],
-    sites: Sequence[Site],
-    *,
-    around: dict[str, SecondMoment] | None = None,
-    warn: Callable[[str], None] = lambda _: None,
+    lm: LM, rows: Sequence[Row], sites: Sequence[Site], *, warn: Callable[[str], None] = lambda _: None
 ) -> dict[str, Tensor]:
     """Input of each site at each row's lookup token, in one truncated pass for all sites.
-
-    Args:
-        around: by site, gets the inputs at all tokens of the prompts but the first (which is the same for all).
 
     Returns:
         site name -> (len(rows), d_in) float32 on the CPU, rows in the given order.
@@ -41,21 +32,12 @@ def collect(
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
         inputs = read_inputs(lm.model, modules, padded.inputs)
         for site, seen in zip(sites, inputs, strict=True):
-            if around is not None:
-                tokens = seen.reshape(*padded.input_ids.shape, -1)[_behind_the_first(padded).to(seen.device)]
-                around.setdefault(site.name, SecondMoment(tokens.shape[-1], tokens.device)).add(tokens)
             picked = padded.at_lookup(seen).float().cpu()
             for i, key in zip(part, picked, strict=True):
                 found[site.name][i] = key
 
     halving(by_length([len(r.ids) for r in rows]), run, warn)
     return {name: torch.stack([k for k in keys if k is not None]) for name, keys in found.items()}
-
-
-def _behind_the_first(padded: Batch) -> Tensor:
-    """(batch, length) bool: tokens of the prompts but their first."""
-    place = torch.arange(padded.input_ids.shape[1], device=padded.last.device)
-    return (place >= 1) & (place <= padded.last[:, None])
 
 
 def average(keys: Tensor, facts: int, *, bare_weight: float = 0.5) -> Tensor:
