@@ -164,12 +164,12 @@ class Refine(Piece):
         gt=0,
         description="Size of a step, relative to the left factors that would write the whole change.",
     )
-    kl: Real = Field(default=120.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
+    kl: Real = Field(default=80.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
     text_kl: Real = Field(default=60.0, ge=0, description="Weight of the KL divergence on generic text.")
     floor: Real = Field(default=0.6, ge=0, description="A target whose loss is at or below this no longer counts.")
     forget_batch: Whole = Field(default=20, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")
-    retain_batch: Whole = Field(default=64, ge=1, description="Prompts to keep per step.")
+    retain_batch: Whole = Field(default=32, ge=1, description="Prompts to keep per step.")
     text_batch: Whole = Field(default=1, ge=1, description="Sequences of generic text per step.")
     text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
     batch_tokens: Whole = Field(
