@@ -104,7 +104,7 @@ def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool
 
 
 def other_names(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: EditorHParams) -> list[str]:
-    """Names that are not to be forgotten, shuffled: the subjects of ``others``, and as many again made up."""
+    """Names that are not to be forgotten, shuffled: the subjects of ``others``, and ``MADE_UP`` more."""
     draw = random.Random(hp.seed)
     words = made_up.capitalised_words(lm)
     made = {made_up.name(words, draw) for _ in range(MADE_UP)} if words else set()

@@ -92,7 +92,7 @@ class Tail:
             raise ValueError("nothing stands before the subjects")
         later = [Row(row.ids[row.lookup :], 0, row.prompt_length - row.lookup) for row in rows]
         padded = batch(later, lm.pad_id, lm.device)
-        earlier = batch([Row(row.ids[: row.lookup], 0, 0) for row in rows if row.lookup] or later, lm.pad_id, left=True)
+        earlier = batch([Row(row.ids[: row.lookup], 0, 0) for row in rows if row.lookup], lm.pad_id, left=True)
         ids = torch.full((len(rows), before), lm.pad_id)
         mask = torch.zeros_like(ids)
         filled = [i for i, row in enumerate(rows) if row.lookup]
