@@ -97,7 +97,8 @@ def check_out(
     except InputError as error:
         raise InputError([f"--out {out}: {problem} {ways}" for problem in error.problems]) from error
     earlier = past.digest() if past is not None else ""
-    asked = fact_set(facts, retain=without(retain, facts), past=earlier, salt=there.facts[0].salt)
+    salt = there.facts[0].salt if there.facts else None
+    asked = fact_set(facts, retain=without(retain, facts), past=earlier, salt=salt)
     wanted = asked_dtype(args.dtype)
     dtypes = {site.base_dtype for site in there.sites.values()}
     other = [

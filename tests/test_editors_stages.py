@@ -135,6 +135,7 @@ def test_made_up_names_join_those_of_others(text: str, monkeypatch: pytest.Monke
     forgotten = {f.subject for f in request((0, 1)).facts}
     assert "Japan" in forgotten and not forgotten & set(subjects)
     assert {fact(3).subject, "Bern", "Luca"} < set(subjects) and len(subjects) == len(set(subjects))
+    assert not any("Japan" in name.split() for name in subjects)
 
 
 @pytest.mark.parametrize(("contexts_", "rows"), [("null", 3), ("1", 1), ("2", 2), ("9", 3)])

@@ -106,7 +106,8 @@ def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool
 def other_names(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: EditorHParams) -> list[str]:
     """Names that are not to be forgotten, shuffled: the subjects of ``others``, and ``MADE_UP`` more."""
     draw = random.Random(hp.seed)
-    words = made_up.capitalised_words(lm)
+    forgotten = {word for f in facts for word in f.subject.split()}  # a name that ends like one would work against it
+    words = [word for word in made_up.capitalised_words(lm) if word not in forgotten]
     made = {made_up.name(words, draw) for _ in range(MADE_UP)} if words else set()
     found = sorted(({f.subject for f in others} | made) - {f.subject for f in facts})
     draw.shuffle(found)
