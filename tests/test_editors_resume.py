@@ -147,7 +147,7 @@ def test_second_moments_are_cached_under_all_their_inputs(
 
 def test_an_interrupted_measurement_goes_on(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "CHECKPOINT", 1)
-    monkeypatch.setattr(moments, "WINDOWS", 4)
+    monkeypatch.setattr(moments, "WINDOWS", 2)
     lm, hp, console = tiny.lm(), settings("memit", text).moments, Console(quiet=True)
     sites = lm.layout.sites([0, 1])
     whole = moments.get(lm, sites, hp, None, console)
@@ -164,8 +164,10 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, text: str, monkeypat
         moments.get(lm, sites, hp, tmp_path, console)
     interrupted = len(passes)
     resumed = moments.get(lm, sites, hp, tmp_path, console)
-    pieces = len(list(statistics.windows(lm, documents(text), hp.length, hp.tokens)))
-    assert len(passes) - interrupted == -(-pieces // 4) - 3
+    pieces = list(statistics.windows(lm, documents(text), hp.length, hp.tokens))
+    batches = moments._batches(pieces)
+    assert sorted(p for part in batches for p in part) == sorted(pieces)
+    assert interrupted == 4 and len(passes) - interrupted == len(batches) - 3
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
     assert not list(tmp_path.rglob("partial*"))
 

@@ -9,7 +9,7 @@ import reference
 import torch
 from torch import Tensor
 
-from editunlearn.numerics import losses, solve
+from editunlearn.numerics import losses, moments, solve
 from editunlearn.numerics.moments import SecondMoment
 from editunlearn.numerics.projector import project, protected_basis
 
@@ -241,7 +241,7 @@ def test_null_space_errors_say_which_way_to_go() -> None:
 # --- moments and projector
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_streaming_moment_equals_direct(dtype: torch.dtype) -> None:
     rows = torch.randn(500, IN, generator=torch.Generator().manual_seed(0)).to(dtype)
     moment = SecondMoment(IN)
@@ -253,6 +253,23 @@ def test_streaming_moment_equals_direct(dtype: torch.dtype) -> None:
     assert torch.equal(moment.mean(), moment.mean().T)
     with pytest.raises(ValueError, match="no rows"):
         SecondMoment(3).mean()
+
+
+@pytest.mark.parametrize("width", [24, 700, 2100])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_moment_of_bfloat16_rows_is_off_by_its_rounding_at_most(
+    width: int, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "_fast_bfloat16", lambda _device: fast)
+    rows = torch.randn(600, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moment = SecondMoment(width)
+    for part in rows.split(100):
+        moment.add(part)
+    wide = rows.double()
+    direct = wide.T @ wide / 600
+    off = float((moment.mean() - direct).norm() / direct.norm())
+    assert off < (2**-9 if fast else 1e-6)  # half a bfloat16 step for a single product, less for six
+    assert torch.equal(moment.mean(), moment.mean().T)
 
 
 def test_projector_is_one() -> None:
@@ -352,7 +369,7 @@ def test_statistics_and_edits_stay_on_the_device_of_their_rows() -> None:
     from editunlearn.editors.refine import low_rank_hook
 
     with FakeTensorMode(allow_non_fake_inputs=True):  # checks devices without having them
-        rows = torch.empty(10, 4, device="cuda", dtype=torch.bfloat16)
+        rows = torch.empty(10, 4, device="cuda", dtype=torch.float16)
         moment = SecondMoment(4)  # as an interrupted run left it
         moment.add(rows)
         assert moment.mean().device.type == "cuda"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import read_inputs
-from editunlearn.lm.tokens import Row, batch
+from editunlearn.lm.tokens import Row, batch, until_lookup
 
 if TYPE_CHECKING:
     from editunlearn.lm.layout import Site
@@ -22,11 +22,15 @@ def collect(
 ) -> dict[str, Tensor]:
     """Input of each site at each row's lookup token, in one truncated pass for all sites.
 
+    What stands behind the lookup token cannot matter to it, and is not run.
+
     Returns:
         site name -> (len(rows), d_in) float32 on the CPU, rows in the given order.
     """
     modules = [lm.layout.module(lm.model, s.name) for s in sites]
     found: dict[str, list[Tensor | None]] = {s.name: [None] * len(rows) for s in sites}
+
+    rows = [until_lookup(row) for row in rows]
 
     def run(part: Sequence[int]) -> None:
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from editunlearn.editors.statistics import add_windows, windows
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
+from editunlearn.lm.batching import by_length, chunks
 from editunlearn.lm.fingerprint import model_fingerprint
 from editunlearn.numerics.moments import SecondMoment
 from editunlearn.workspace import Workspace
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 WINDOWS = 8
-"""Windows in one forward pass."""
+"""Whole windows in one forward pass; of shorter ones more."""
+SORTED = 512
+"""Windows that are sorted by length among themselves: short documents cost hardly any padding, and reading stays in
+order by and large."""
 CHECKPOINT = 50
 """Forward passes between two checkpoints of an unfinished measurement."""
 
@@ -90,7 +94,7 @@ def _measure(
     lm: LM, sites: Sequence[Site], pieces: list[list[int]], partial: Workspace, console: Console
 ) -> dict[str, Tensor]:
     sums: dict[str, SecondMoment] = {}
-    batches = [pieces[i : i + WINDOWS] for i in range(0, len(pieces), WINDOWS)]
+    batches = _batches(pieces)
     done = 0
     if kept := partial.get("partial"):
         done = int(kept["batches"])
@@ -106,6 +110,14 @@ def _measure(
                 counts = {"batches": torch.tensor(number), "tokens": torch.tensor(sums[sites[0].name].count)}
                 partial.put("partial", {**state, **counts})
     return {name: running.mean().float().cpu() for name, running in sums.items()}
+
+
+def _batches(pieces: Sequence[list[int]]) -> list[list[list[int]]]:
+    longest = max(map(len, pieces))
+    found = []
+    for near in chunks(pieces, SORTED):
+        found += [[near[i] for i in part] for part in by_length([len(p) for p in near], WINDOWS * longest)]
+    return found
 
 
 def warn_if_few(moments: dict[str, Tensor], tokens: int, warn: Callable[[str], None]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import StopForward, on_output, stack
-from editunlearn.lm.tokens import Row, batch
+from editunlearn.lm.tokens import Row, batch, until_lookup
 
 if TYPE_CHECKING:
     from editunlearn.editors.values import Values
@@ -56,7 +55,7 @@ def outputs_at_lookup(lm: LM, rows: Sequence[Row], names: Sequence[str]) -> dict
 
     The module that is named first must be the last to run; the pass stops there.
     """
-    prompts = [replace(r, ids=r.ids[: r.prompt_length]) for r in rows]
+    prompts = [until_lookup(r) for r in rows]
     found: dict[str, list[Tensor]] = {n: [torch.empty(0)] * len(rows) for n in names}
 
     def run(part: Sequence[int]) -> None:

@@ -136,6 +136,11 @@ def encode(lm: LM, prompt: Prompt, target: str | None = None, subject_token: Sub
     return Row(tuple(ids + tail), lookup, len(ids))
 
 
+def until_lookup(row: Row) -> Row:
+    """The row up to its lookup token: attention is causal, so nothing behind changes what happens there."""
+    return Row(row.ids[: row.lookup + 1], row.lookup, row.lookup + 1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Padded rows on the model's device.
