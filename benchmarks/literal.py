@@ -87,7 +87,7 @@ def value(
         token = -log_p[scored[:, 0], scored[:, 1]].gather(1, padded.labels[:, None])[:, 0]
         nll = torch.stack([token[padded.owners == row].mean() for row in range(len(rows))]).mean()
         loss = nll + kl * (before.exp() * (before - log_q)).sum(-1).mean() + decay * change.norm() / clean.norm() ** 2
-        history.append(float(nll))
+        history.append(nll.item())
         loss.backward()
         adam.step()
         with torch.no_grad():

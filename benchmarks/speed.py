@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import literal
 import torch
 from torch import Tensor
 
-from editunlearn.artifacts import atomic_write_json, atomic_write_text
+from editunlearn.artifacts import atomic_write_json
 
 T = TypeVar("T")
 LAYERS = [4, 5, 6, 7, 8]

@@ -64,12 +64,12 @@ def test_a_resumed_refinement_equals_an_uninterrupted_one(
     asked = ForgetRequest(tuple(fact(i) for i in range(5)), tuple(keep))
     seen: list[int] = []
     unedited: list[Tensor] = []
-    target_logits = objective.target_logits
+    hidden_at_targets = objective.hidden_at_targets
 
     def noted(lm: Any, padded: Any) -> Tensor:
         if not torch.is_grad_enabled():
             unedited.append(padded.input_ids)
-        return target_logits(lm, padded)
+        return hidden_at_targets(lm, padded)
 
     class Loud(Console):
         def detail(self, message: str, level: int = 1) -> None:
@@ -78,7 +78,7 @@ def test_a_resumed_refinement_equals_an_uninterrupted_one(
                 raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objective, "target_logits", noted)
+        patch.setattr(objective, "hidden_at_targets", noted)
         whole = editors.fit(lm, asked, hp)
         batches = [ids.tolist() for ids in unedited]
         with pytest.raises(Killed):

@@ -17,6 +17,7 @@ from editunlearn.editors import flow, made_up, objective, refine
 from editunlearn.editors.column_adam import ColumnAdam
 from editunlearn.editors.refine import low_rank_hook, step_units
 from editunlearn.hparams import load_hparams
+from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import on_output
 from editunlearn.lm.tokens import Row
 from editunlearn.numerics.losses import largest_by
@@ -64,14 +65,14 @@ def test_a_step_is_measured_in_the_whole_change_of_each_fact() -> None:
 def test_rows_count_by_what_they_still_lack(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     lm, floor = tiny.lm("llama"), 4.0
     warnings: list[str] = []
-    logits = objective.target_logits
+    states = objective.hidden_at_targets
 
     def scarce(lm: Any, padded: Any) -> torch.Tensor:
         if len(padded.input_ids) > most:
             raise torch.OutOfMemoryError("out of memory")
-        return logits(lm, padded)
+        return states(lm, padded)
 
-    monkeypatch.setattr(objective, "target_logits", scarce)
+    monkeypatch.setattr(objective, "hidden_at_targets", scarce)
     name = lm.layout.site(1).name
     d_out, d_in = lm.layout.read_weight(lm.model, name).shape
     random = torch.Generator().manual_seed(0)
@@ -95,7 +96,7 @@ def test_rows_count_by_what_they_still_lack(monkeypatch: pytest.MonkeyPatch, mos
         (loss * share * excess / (share @ excess)).sum().backward()
         wanted, left.grad = left.grad, None
         gradient = objective.Gradient({name: left}, 12, warnings.append)
-        assert abs(objective.forget_loss(lm, facts, gradient, floor) - float(share @ loss.detach())) < 1e-4
+        assert abs(objective.forget_loss(Head(lm), facts, gradient, floor) - float(share @ loss.detach())) < 1e-4
     assert len(warnings) == 2 - most
     assert wanted is not None
     torch.testing.assert_close(left.grad, wanted, rtol=1e-3, atol=1e-7)

@@ -30,7 +30,7 @@ def changed(lm: Any, first: int, run: Any) -> Any:
         return flat.reshape(output.shape)
 
     with torch.no_grad(), stack([on_output(site, inject)]):
-        return run.logits(padded.targets)
+        return run.hidden(padded.targets)
 
 
 @pytest.mark.parametrize("kind", tiny.TYPES)
@@ -58,7 +58,7 @@ def test_only_what_can_change_is_run() -> None:
     inputs: dict[int, list[tuple[int, ...]]] = {0: [], 1: [], 2: []}
     mlps = [lm.layout.module(lm.model, lm.layout.site(i).name) for i in range(3)]
     with stack([on_input(m, lambda x, i=i: inputs[i].append(tuple(x.shape[:2]))) for i, m in enumerate(mlps)]):  # type: ignore[misc]
-        tail.logits(tail.padded.targets)
+        tail.hidden(tail.padded.targets)
     assert inputs == {0: [], 1: [(4, 5)], 2: [(4, 5)]}  # the longest tail; the longest row has nine tokens
 
 
@@ -95,7 +95,7 @@ def test_a_model_that_cannot_be_resumed_is_found_out(monkeypatch: pytest.MonkeyP
         return own(*args, **kwargs)
 
     monkeypatch.setattr(lm.model, "forward", forgetful)
-    assert resumable(lm, ROWS[2], 0).startswith("its logits differ by")
+    assert resumable(lm, ROWS[2], 0).startswith("its last states differ by")
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise TypeError("no cache here")

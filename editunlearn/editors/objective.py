@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
-from editunlearn.lm.hooks import on_input
-from editunlearn.lm.likelihood import logits_of, target_logits
+from editunlearn.lm.head import Head, hidden_of
 from editunlearn.lm.tokens import Batch, Row, batch
 from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
+
+
+def hidden_at_targets(lm: LM, padded: Batch) -> Tensor:
+    """States before the head that predict the target tokens of a batch, (number of target tokens, width)."""
+    return hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
 
 
 class Gradient:
@@ -52,7 +56,7 @@ class Gradient:
                 value.grad *= factor
 
 
-def forget_loss(lm: LM, facts: Sequence[Sequence[Row]], gradient: Gradient, floor: float) -> float:
+def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, floor: float) -> float:
     """NLL of the targets, mean over tokens plus the largest; its weighted gradient is put on the left factors.
 
     One token that is not the likeliest sends greedy decoding astray, however well the others are learned. A row's
@@ -61,13 +65,14 @@ def forget_loss(lm: LM, facts: Sequence[Sequence[Row]], gradient: Gradient, floo
     """
     rows = [row for fact in facts for row in fact]
     shares = [1 / (len(fact) * len(facts)) for fact in facts for _ in fact]
+    lm = head.lm
     weight = torch.tensor(shares, device=lm.device)
     total = mean_excess = 0.0
 
     def run(part: Sequence[int]) -> None:
         nonlocal total, mean_excess
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
-        token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
+        token = head.cross_entropy(hidden_at_targets(lm, padded), padded.labels)
         nll = losses.mean_by(token, padded.owners, len(part)) + losses.largest_by(token, padded.owners, len(part))
         excess = (nll - floor).clamp(min=0)
         # the gradient of half the square is the excess times the gradient; the mean is known after the last part
@@ -88,8 +93,8 @@ class Keep:
     first comes up.
     """
 
-    def __init__(self, lm: LM, rows: Sequence[Row], gradient: Gradient) -> None:
-        self.lm, self.rows, self.gradient = lm, rows, gradient
+    def __init__(self, head: Head, rows: Sequence[Row], gradient: Gradient) -> None:
+        self.head, self.lm, self.rows, self.gradient = head, head.lm, rows, gradient
         self.hidden: dict[int, Tensor] = {}
 
     def loss(self, change: Callable[[], AbstractContextManager[None]], chosen: Sequence[int], strength: float) -> float:
@@ -107,11 +112,9 @@ class Keep:
             nonlocal total
             members, padded = self._batch(chosen, part)
             self._remember(members, padded)
-            with torch.no_grad():
-                base = logits_of(self.lm, torch.cat([self.hidden[i] for i in members]))
             with change():
-                edited = target_logits(self.lm, padded)
-            loss = losses.kl(base, edited).sum() / count
+                edited = hidden_at_targets(self.lm, padded)
+            loss = self.head.kl(torch.cat([self.hidden[i] for i in members]), edited).sum() / count
             if strength > 0:
                 (strength * loss).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -131,9 +134,6 @@ class Keep:
     def _remember(self, members: Sequence[int], padded: Batch) -> None:
         if all(i in self.hidden for i in members):
             return
-        before_head: list[Tensor] = []
-        with on_input(self.lm.head, lambda h: before_head.append(h[padded.targets.to(h.device)])):
-            target_logits(self.lm, padded)
         sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
-        for i, states in zip(members, torch.split(before_head[0], sizes), strict=True):
+        for i, states in zip(members, torch.split(hidden_at_targets(self.lm, padded), sizes), strict=True):
             self.hidden.setdefault(i, states)

@@ -20,6 +20,7 @@ from torch import Tensor
 from editunlearn.editors.column_adam import ColumnAdam
 from editunlearn.editors.objective import Gradient, Keep, forget_loss
 from editunlearn.errors import NumericalError
+from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import on_output, stack
 from editunlearn.lm.tokens import Row
 
@@ -109,9 +110,10 @@ def refine(
     optimiser = ColumnAdam(left, {name: unit.to(lm.device) for name, unit in units.items()})
     draw = _Draw(goals, hp, seed)
     gradient = Gradient(left, hp.batch_tokens, warn)
+    head = Head(lm)
     retain, generic = (
-        Keep(lm, [row for pool in goals.retain for row in pool], gradient),
-        Keep(lm, goals.text, gradient),
+        Keep(head, [row for pool in goals.retain for row in pool], gradient),
+        Keep(head, goals.text, gradient),
     )
 
     def change() -> AbstractContextManager[None]:
@@ -131,7 +133,7 @@ def refine(
             continue
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         with change():
-            nll = forget_loss(lm, batch_of_step[0], gradient, hp.floor)
+            nll = forget_loss(head, batch_of_step[0], gradient, hp.floor)
         kept = retain.loss(change, batch_of_step[1], hp.kl)
         text = generic.loss(change, batch_of_step[2], hp.text_kl)
         if not all(map(math.isfinite, (nll, kept, text))):

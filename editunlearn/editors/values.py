@@ -17,9 +17,10 @@ from torch import Tensor
 
 from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, halving
-from editunlearn.lm.hooks import at_scored_positions, on_output, stack
+from editunlearn.lm.head import Head
+from editunlearn.lm.hooks import StopForward, on_output, stack
 from editunlearn.lm.resume import Pass, Tail, Whole, resumable
-from editunlearn.lm.tokens import Batch, Row, batch
+from editunlearn.lm.tokens import Batch, Row, batch, until_lookup
 from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
@@ -121,13 +122,14 @@ def optimise(
     results: dict[int, Values] = {}
     first = min(map(lm.layout.layer_of, modules))
     why = resumable(lm, problems[0].rows[0], first) if problems else ""
+    head = Head(lm)
     if why:
         warn(f"values: all tokens go through all blocks at every step, because {why}")
 
     def run(part: Sequence[int]) -> None:
         found = store.get(part)
         if found is None:
-            found = _Chunk(lm, [problems[i] for i in part], modules, hparams, None if why else first).solve(part)
+            found = _Chunk(lm, head, [problems[i] for i in part], modules, hparams, None if why else first).solve(part)
             store.put(part, found)
         for k, i in enumerate(part):
             results[i] = found.at(k)
@@ -142,33 +144,40 @@ class _Chunk:
     """One batch of facts, from the clean pass to the last step."""
 
     def __init__(
-        self, lm: LM, problems: Sequence[Problem], modules: Sequence[str], hparams: Value, first: int | None
+        self,
+        lm: LM,
+        head: Head,
+        problems: Sequence[Problem],
+        modules: Sequence[str],
+        hparams: Value,
+        first: int | None,
     ) -> None:
-        self.lm, self.problems, self.hparams, self.first = lm, problems, hparams, first
-        self.passes: dict[bool, Pass] = {}
-        self.picked: dict[bool, tuple[list[int], Pass]] = {}
+        self.lm, self.head, self.problems, self.hparams, self.first = lm, head, problems, hparams, first
         self.modules = [lm.layout.module(lm.model, name) for name in modules]
-        self.head = lm.head
         self.clean = self._clean_outputs()
-        norm = self.clean.norm(dim=-1, keepdim=True)
-        self.unit = norm / self.clean.shape[-1] ** 0.5 if hparams.scale == "relative" else torch.ones_like(norm)
-        self.norm = norm
+        self.norm = self.clean.norm(dim=-1, keepdim=True)
+        unit = self.norm / self.clean.shape[-1] ** 0.5
+        self.unit = unit if hparams.scale == "relative" else torch.ones_like(unit)
+        pinned = [p.pinned if hparams.kl > 0 else () for p in problems]
+        self.rows = [r for p, more in zip(problems, pinned, strict=True) for r in (*p.rows, *more)]
+        self.fact = [i for i, p in enumerate(problems) for _ in (*p.rows, *pinned[i])]
+        self.is_pinned = [k >= len(p.rows) for i, p in enumerate(problems) for k in range(len(p.rows) + len(pinned[i]))]
+        self.whole = self._pass(self.rows)
+        self.picked: tuple[list[int], Pass] = list(range(len(self.rows))), self.whole
+        self.base = self._pinned_base()
 
+    @torch.no_grad()
     def _clean_outputs(self) -> Tensor:
         """(n, m, d_out) outputs of the modules at the lookup token of the bare prompts."""
-        padded = batch([p.rows[0] for p in self.problems], self.lm.pad_id, self.lm.device)
+        padded = batch([until_lookup(p.rows[0]) for p in self.problems], self.lm.pad_id, self.lm.device)
         seen: list[Tensor] = []
 
         def see(_inputs: Tensor, output: Tensor) -> None:
             seen.append(padded.at_lookup(output).float().to(self.lm.device))
+            if len(seen) == len(self.modules):
+                raise StopForward
 
-        nothing = torch.zeros_like(padded.input_ids, dtype=torch.bool)
-        nothing[0, 0] = True
-        with (
-            torch.no_grad(),
-            stack([on_output(m, see) for m in self.modules]),
-            at_scored_positions(self.head, nothing),
-        ):
+        with stack([on_output(m, see) for m in self.modules]), suppress(StopForward):
             self.lm.model(**padded.inputs, use_cache=False)
         return torch.stack(seen, dim=1)
 
@@ -180,10 +189,9 @@ class _Chunk:
         loss = torch.full((len(self.problems),), torch.nan)
         steps = torch.zeros(len(self.problems), dtype=torch.long)
         active = list(range(len(self.problems)))
-        base = self._pinned_base(active) if hp.kl > 0 else None
         for iteration in range(hp.steps + 1):
             now = step[active].clone().requires_grad_(iteration < hp.steps)
-            nll, total = self._loss(active, now, base)
+            nll, total = self._loss(active, now)
             if not torch.isfinite(total).all():
                 bad = names[active[int((~torch.isfinite(total)).nonzero()[0])]]
                 raise NumericalError(
@@ -218,26 +226,22 @@ class _Chunk:
         shrink: Tensor = (limit / value.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
         return value * shrink
 
-    def _rows(self, active: Sequence[int], *, pinned: bool) -> tuple[Pass, Tensor]:
-        """The rows of the active facts, and the number of each row's fact among them."""
-        of_fact = [p.pinned if pinned else p.rows for p in self.problems]
-        if pinned not in self.passes:
-            self.passes[pinned] = self._pass([r for rows in of_fact for r in rows])
-        starts = [sum(map(len, of_fact[:i])) for i in range(len(of_fact))]
-        chosen = [starts[i] + k for i in active for k in range(len(of_fact[i]))]
-        if self.picked.get(pinned, ([],))[0] != chosen:
-            self.picked[pinned] = chosen, self.passes[pinned].pick(chosen)
-        owners = [k for k, i in enumerate(active) for _ in of_fact[i]]
-        return self.picked[pinned][1], torch.tensor(owners, device=self.lm.device)
-
     def _pass(self, rows: Sequence[Row]) -> Pass:
         if self.first is not None:
             with suppress(ValueError):  # these rows are too long for it
                 return Tail.of(self.lm, rows, self.first)
         return Whole(self.lm, rows)
 
-    def _logits(self, rows: Pass, scored: Tensor, add: Tensor | None) -> Tensor:
-        """Logits (number scored, vocabulary) with ``add`` (rows, m, d_out) added at the lookup token of each row."""
+    def _active(self, active: Sequence[int]) -> tuple[list[int], Pass]:
+        """Numbers of the rows of some facts, and the pass over them."""
+        wanted = set(active)
+        chosen = [row for row, fact in enumerate(self.fact) if fact in wanted]
+        if self.picked[0] != chosen:
+            self.picked = chosen, self.whole.pick(chosen)
+        return self.picked
+
+    def _hidden(self, rows: Pass, scored: Tensor, add: Tensor | None) -> Tensor:
+        """States before the head at ``scored`` with ``add`` (rows, m, d_out) added at the lookup token of each row."""
         padded = rows.padded
 
         def inject(index: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -253,37 +257,48 @@ class _Chunk:
 
         hooks = [on_output(m, inject(i)) for i, m in enumerate(self.modules)] if add is not None else []
         with stack(hooks):
-            return rows.logits(scored)
+            return rows.hidden(scored)
 
-    def _pinned_positions(self, padded: Batch) -> Tensor:
+    def _pinned_positions(self, padded: Batch, pinned: Tensor) -> Tensor:
+        """Where the rows marked in ``pinned`` keep their next-token distribution, (batch, length) bool."""
         where = padded.last if self.hparams.kl_on == "prompts" else padded.lookup
         scored = torch.zeros_like(padded.input_ids, dtype=torch.bool)
-        scored[torch.arange(len(where), device=where.device), where] = True
+        scored[torch.arange(len(where), device=where.device), where] = pinned
         return scored
 
-    def _pinned_base(self, active: Sequence[int]) -> Tensor | None:
-        if not any(self.problems[i].pinned for i in active):
-            return None
-        rows, _ = self._rows(active, pinned=True)
-        with torch.no_grad():
-            return self._logits(rows, self._pinned_positions(rows.padded), None)
+    @torch.no_grad()
+    def _pinned_base(self) -> Tensor:
+        """By row, the unedited state before the head at the pinned position; rows that are not pinned have none."""
+        numbers = [i for i, pinned in enumerate(self.is_pinned) if pinned]
+        if not numbers:
+            return torch.empty(0)
+        rows = self.whole.pick(numbers)
+        every = torch.ones(len(numbers), dtype=torch.bool, device=self.lm.device)
+        states = self._hidden(rows, self._pinned_positions(rows.padded, every), None)
+        base = torch.zeros(len(self.rows), states.shape[1], dtype=states.dtype, device=states.device)
+        base[numbers] = states
+        return base
 
-    def _loss(self, active: Sequence[int], step: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _loss(self, active: Sequence[int], step: Tensor) -> tuple[Tensor, Tensor]:
         """Target NLL and whole loss of each active fact, (active,) float32 each."""
         add = step * self.unit[active]
-        rows, fact = self._rows(active, pinned=False)
+        chosen, rows = self._active(active)
+        device = self.lm.device
+        place = {fact: k for k, fact in enumerate(active)}
+        fact = torch.tensor([place[self.fact[i]] for i in chosen], device=device)
+        pinned = torch.tensor([self.is_pinned[i] for i in chosen], device=device)
         padded = rows.padded
-        logits = self._logits(rows, padded.targets, add[fact])
-        token = losses.cross_entropy(logits, padded.labels)
-        nll = losses.mean_by(losses.mean_by(token, padded.owners, len(fact)), fact, len(active))
+        at_targets, at_pinned = padded.targets, self._pinned_positions(padded, pinned)
+        states = self._hidden(rows, at_targets | at_pinned, add[fact])
+        is_target = at_targets[at_targets | at_pinned]
+        base = self.base[chosen][pinned.to(self.base.device)] if len(self.base) else states[:0]
+        loss = self.head.losses(torch.cat([states[is_target], states[~is_target]]), padded.labels, base)
+        token, kl = loss[: len(padded.labels)], loss[len(padded.labels) :]
+        # a row's mean over its tokens, then a fact's mean over its rows
+        of_row = losses.mean_by(token, padded.owners, len(chosen))
+        nll = losses.mean_by(of_row[~pinned], fact[~pinned], len(active))
         relative = (add.norm(dim=-1) / self.norm[active, :, 0]).square().mean(-1)
         if self.hparams.penalty == "norm":
             relative = (add.norm(dim=-1) / self.norm[active, :, 0].square()).mean(-1)
         total = nll + self.hparams.weight_decay * relative
-        if base is not None and any(self.problems[i].pinned for i in active):
-            pinned, owner = self._rows(active, pinned=True)
-            counts = [len(self.problems[i].pinned) for i in range(len(self.problems))]
-            chosen = torch.cat([torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in active]).to(base.device)
-            edited = self._logits(pinned, self._pinned_positions(pinned.padded), add[owner])
-            total = total + self.hparams.kl * losses.mean_by(losses.kl(base[chosen], edited), owner, len(active))
-        return nll, total
+        return nll, total + self.hparams.kl * losses.mean_by(kl, fact[pinned], len(active))

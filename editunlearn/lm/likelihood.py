@@ -39,7 +39,7 @@ class Likelihood:
 def target_logits(lm: LM, padded: Batch) -> Tensor:
     """Logits that predict the target tokens of a batch, (number of target tokens, vocabulary)."""
     with at_scored_positions(lm.head, padded.targets):
-        return first_tensor(lm.model(**padded.inputs, use_cache=False).logits)[0].to(lm.device)
+        return first_tensor(lm.model(**padded.inputs, use_cache=False).logits).squeeze(0).to(lm.device)
 
 
 def logits_of(lm: LM, hidden: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def logits_of(lm: LM, hidden: Tensor) -> Tensor:
     one = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
     handle = lm.head.register_forward_pre_hook(lambda _module, args: (hidden[None], *args[1:]))
     try:
-        return first_tensor(lm.model(input_ids=one, use_cache=False).logits)[0].to(lm.device)
+        return first_tensor(lm.model(input_ids=one, use_cache=False).logits).squeeze(0).to(lm.device)
     finally:
         handle.remove()
 

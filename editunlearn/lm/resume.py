@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from editunlearn.lm.hooks import at_scored_positions, first_tensor, stack
+from editunlearn.lm.head import before_head, hidden_of
+from editunlearn.lm.hooks import first_tensor, stack
 from editunlearn.lm.tokens import Batch, Row, batch
 
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""How far the two ways may be apart, relative to the spread of the logits: they round differently."""
+"""How far the two ways may be apart, relative to the spread of the last states: they round differently."""
 
 
 class Pass(Protocol):
@@ -36,8 +37,9 @@ class Pass(Protocol):
     def pick(self, rows: Sequence[int]) -> Pass:
         """Some of the rows."""
 
-    def logits(self, scored: Tensor) -> Tensor:
-        """Logits (number scored, vocabulary) at the ``scored`` positions of ``padded``, with all hooks at work."""
+    def hidden(self, scored: Tensor) -> Tensor:
+        """States before the head (number scored, width) at the ``scored`` positions of ``padded``, with all hooks at
+        work."""
 
 
 class Whole:
@@ -51,11 +53,9 @@ class Whole:
         """Some of the rows."""
         return Whole(self.lm, [self.rows[i] for i in rows])
 
-    def logits(self, scored: Tensor) -> Tensor:
+    def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
-        with at_scored_positions(self.lm.head, scored):
-            out = self.lm.model(**self.padded.inputs, use_cache=False)
-        return first_tensor(out.logits)[0].to(self.lm.device)
+        return hidden_of(self.lm, scored, lambda: self.lm.model(**self.padded.inputs, use_cache=False))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Tail:
         padded: the tokens from the lookup token on.
         mask: (rows, earlier tokens + length of ``padded``) attention mask; earlier tokens are padded on the left.
         past: for each block the keys and values of the earlier tokens.
-        hidden: (rows, length of ``padded``, width) input of block ``first``.
+        entering: (rows, length of ``padded``, width) input of block ``first``.
         outputs: how many things a block returns; 0: the hidden states themselves.
     """
 
@@ -76,7 +76,7 @@ class Tail:
     padded: Batch
     mask: Tensor
     past: list[tuple[Tensor, Tensor]]
-    hidden: Tensor
+    entering: Tensor
     outputs: int
 
     @classmethod
@@ -122,9 +122,9 @@ class Tail:
         }
         padded = Batch(**per_row, labels=old.labels[wanted], owners=number[old.owners[wanted]])
         past = [(some(k), some(v)) for k, v in self.past]
-        return replace(self, padded=padded, mask=some(self.mask), past=past, hidden=some(self.hidden))
+        return replace(self, padded=padded, mask=some(self.mask), past=past, entering=some(self.entering))
 
-    def logits(self, scored: Tensor) -> Tensor:
+    def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
         blocks = _blocks(self.lm)
         inputs = {
@@ -135,11 +135,9 @@ class Tail:
         }
         with (
             stack([_passing(block, self.outputs) for block in blocks[: self.first]]),
-            _fed(blocks[self.first], self.hidden),
-            at_scored_positions(self.lm.head, scored),
+            _fed(blocks[self.first], self.entering),
         ):
-            out = self.lm.model(**inputs, use_cache=True)
-        return first_tensor(out.logits)[0].to(self.lm.device)
+            return hidden_of(self.lm, scored, lambda: self.lm.model(**inputs, use_cache=True))
 
 
 @torch.no_grad()
@@ -155,7 +153,7 @@ def _run_once(
     nothing = torch.zeros_like(ids, dtype=torch.bool)
     nothing[0, 0] = True
     try:
-        with at_scored_positions(lm.head, nothing):
+        with before_head(lm.head, nothing):
             out = lm.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
     finally:
         handle.remove()
@@ -221,15 +219,15 @@ def _fed(block: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def resumable(lm: LM, row: Row, first: int) -> str:
-    """ "" when resuming ``row`` at block ``first`` gives the logits of a whole pass, else why it does not."""
+    """ "" when resuming ``row`` at block ``first`` ends like a whole pass, else why it does not."""
     try:
         tail = Tail.of(lm, [row], first)
-        resumed = tail.logits(tail.padded.targets)
+        resumed = tail.hidden(tail.padded.targets)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a model's code does not like, the plain way remains
         return str(error) or type(error).__name__
     whole = Whole(lm, [row])
-    plain = whole.logits(whole.padded.targets)
+    plain = whole.hidden(whole.padded.targets)
     apart = float((resumed.float() - plain.float()).square().mean().sqrt() / plain.float().std().clamp(min=1e-30))
-    return "" if apart <= CLOSE.get(plain.dtype, 1e-3) else f"its logits differ by {apart:.2g} of their spread"
+    return "" if apart <= CLOSE.get(plain.dtype, 1e-3) else f"its last states differ by {apart:.2g} of their spread"

@@ -1,8 +1,7 @@
 """Losses over large vocabularies that never hold more than a few rows of float32 probabilities.
 
-Logits of 500 positions of a 262,144-word vocabulary are 0.25 GB in bfloat16; the usual float32 softmax and its backward
-pass make five copies of twice that size. Here the loss and its gradient are computed together, a few rows at a time;
-the gradient is kept in the logits' own dtype.
+The usual float32 softmax and its backward pass make five float32 copies of the logits. Here the loss and its gradient
+are computed together, a few rows at a time; the gradient is kept in the logits' own dtype, or takes their place.
 """
 
 from __future__ import annotations
@@ -12,39 +11,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROW_ELEMENTS = 1 << 22
-"""Elements of one float32 piece (16 MB), small enough to stay in a processor's cache."""
+ROW_ELEMENTS = 1 << 18
+"""Elements of one float32 piece (1 MB), small enough to stay in a processor's cache between two operations."""
 
+GPU_ROW_ELEMENTS = 1 << 26
+"""The same on a GPU, where few large operations are better than many small ones."""
 
 FLOOR = -60.0
-"""Log-probabilities below this count as this (e^-60 is 1e-26). Smaller ones turn into denormal numbers, on which a
-processor is many times slower."""
+"""Logits further than this below the largest of their row count as this (e^-60 is 1e-26). Smaller probabilities turn
+into denormal numbers, on which a processor is many times slower."""
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).clamp_(min=FLOOR)
+def _pieces(logits: Tensor) -> list[slice]:
+    """Rows of one piece after the other."""
+    rows = max(1, (GPU_ROW_ELEMENTS if logits.is_cuda else ROW_ELEMENTS) // logits.shape[-1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def _rows(logits: Tensor) -> int:
-    return max(1, ROW_ELEMENTS // logits.shape[-1])
+def _shifted(logits: Tensor) -> Tensor:
+    """A float32 copy of which the largest of each row is 0."""
+    wide = logits.to(torch.float32, copy=True)
+    return wide.sub_(wide.amax(-1, keepdim=True)).clamp_(min=FLOOR)
+
+
+def cross_entropy_and_gradient(logits: Tensor, labels: Tensor, out: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of each row, (n,) float32.
+
+    Its gradient with respect to ``logits`` (n, vocabulary) goes to ``out``, which may be ``logits`` itself.
+    """
+    loss = torch.empty(len(labels), device=logits.device)
+    for part in _pieces(logits):
+        wide = _shifted(logits[part])
+        own = wide.gather(1, labels[part, None])
+        total = wide.exp_().sum(-1, keepdim=True)
+        loss[part] = (total.log() - own)[:, 0]
+        if out is not None:
+            out[part] = wide.div_(total).scatter_add_(1, labels[part, None], -torch.ones_like(own))
+    return loss
+
+
+def kl_and_gradient(base: Tensor, edited: Tensor, out: Tensor | None = None) -> Tensor:
+    """KL(base || edited) of each row, (n,) float32.
+
+    Its gradient with respect to ``edited`` (n, vocabulary) goes to ``out``, which may be ``edited`` itself.
+    """
+    loss = torch.empty(len(base), device=base.device)
+    for part in _pieces(base):
+        p, q = _shifted(base[part]), _shifted(edited[part])
+        apart = p - q
+        p_total, q_total = p.exp_().sum(-1), q.exp_().sum(-1)
+        p.div_(p_total[:, None])
+        loss[part] = apart.mul_(p).sum(-1) + q_total.log() - p_total.log()
+        if out is not None:
+            out[part] = q.div_(q_total[:, None]).sub_(p)
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = torch.empty(len(labels), device=logits.device)
-        keep = ctx.needs_input_grad[0]
-        grad = torch.empty_like(logits) if keep else None
-        for start in range(0, len(labels), _rows(logits)):
-            part = slice(start, start + _rows(logits))
-            log_p = _log_softmax(logits[part])
-            loss[part] = -log_p.gather(1, labels[part, None])[:, 0]
-            if grad is not None:
-                wide = log_p.exp_()
-                wide[torch.arange(len(wide), device=wide.device), labels[part]] -= 1
-                grad[part] = wide.to(grad.dtype)
-        ctx.grad = grad
-        return loss
+        ctx.grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        return cross_entropy_and_gradient(logits, labels, ctx.grad)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
@@ -54,17 +81,8 @@ class _CrossEntropy(torch.autograd.Function):
 class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
-        loss = torch.empty(len(base), device=base.device)
-        grad = torch.empty_like(edited) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(base), _rows(base)):
-            part = slice(start, start + _rows(base))
-            p, q = _log_softmax(base[part]), _log_softmax(edited[part])
-            weight = p.exp()
-            loss[part] = (weight * (p - q)).sum(-1)
-            if grad is not None:
-                grad[part] = (q.exp_() - weight).to(grad.dtype)
-        ctx.grad = grad
-        return loss
+        ctx.grad = torch.empty_like(edited) if ctx.needs_input_grad[1] else None
+        return kl_and_gradient(base, edited, ctx.grad)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
