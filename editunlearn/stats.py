@@ -83,7 +83,8 @@ def _main(argv: Sequence[str]) -> None:
     from editunlearn.editors import moments
 
     lm = load_model(args)
-    found = moments.get(lm, lm.layout.sites(layers), hp.moments, cache, console, fresh=args.fresh)
+    measured = moments.get(lm, lm.layout.sites(layers), hp.moments, cache, console, fresh=args.fresh)
+    found = {name: one.moment for name, one in measured.items()}
     rows = []
     for name, moment in found.items():
         values = moment.double().diagonal()

@@ -23,6 +23,7 @@ from editunlearn.errors import InputError
 from editunlearn.facts.records import ForgetRequest
 from editunlearn.facts.text import documents
 from editunlearn.hparams import load_hparams
+from editunlearn.numerics import projector, solve
 from editunlearn.pipeline import run_inputs
 from editunlearn.workspace import Workspace, key_of
 
@@ -117,7 +118,8 @@ def test_second_moments_are_cached_under_all_their_inputs(
 
     def get(lm: Any = lm, hp: Any = hp, layers: Sequence[int] = (0,), **options: Any) -> tuple[dict[str, Tensor], bool]:
         seen.clear()
-        found = moments.get(lm, lm.layout.sites(layers), hp, tmp_path / "cache", console, **options)
+        sites = lm.layout.sites(layers)
+        found = {n: m.moment for n, m in moments.get(lm, sites, hp, tmp_path / "cache", console, **options).items()}
         return found, bool(seen)
 
     first, measured = get()
@@ -168,8 +170,24 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, text: str, monkeypat
     batches = moments._batches(pieces)
     assert sorted(p for part in batches for p in part) == sorted(pieces)
     assert interrupted == 4 and len(passes) - interrupted == len(batches) - 3
-    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+    assert all(torch.equal(whole[n].moment, resumed[n].moment) for n in whole)
     assert not list(tmp_path.rglob("partial*"))
+
+
+@pytest.mark.parametrize(("method", "more"), [("memit", ""), ("alphaedit", "nullspace.soft=false")])
+def test_what_depends_on_the_second_moment_alone_is_made_once(
+    method: str, more: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, made = tiny.lm(), []
+    inverse, null_space = solve.inverse, projector.null_space
+    monkeypatch.setattr(solve, "inverse", lambda c: (made.append(1), inverse(c))[1])
+    monkeypatch.setattr(projector, "null_space", lambda *a, **k: (made.append(1), null_space(*a, **k))[1])
+    hp = settings(method, text, "retain.weight=0", "refine=null", *filter(None, [more]))
+    first = editors.fit(lm, request(), hp, cache=tmp_path)
+    assert len(made) == len(first.factors)
+    assert same_delta(first, editors.fit(lm, request(), hp, cache=tmp_path)) and len(made) == len(first.factors)
+    editors.fit(tiny.lm(seed=1), request(), hp, cache=tmp_path)
+    assert len(made) == 2 * len(first.factors)
 
 
 def test_second_moments_equal_the_literal_ones(text: str) -> None:
@@ -178,7 +196,7 @@ def test_second_moments_equal_the_literal_ones(text: str) -> None:
         found = moments.get(lm, lm.layout.sites([1]), hp, None, Console(quiet=True))
         pieces = list(statistics.windows(lm, documents(text), hp.length, hp.tokens))
         assert all(p[0] == lm.bos_id and 1 < len(p) <= 32 for p in pieces)
-        assert relative(found[lm.layout.site(1).name], reference.second_moment(lm, 1, pieces)) < 1e-5
+        assert relative(found[lm.layout.site(1).name].moment, reference.second_moment(lm, 1, pieces)) < 1e-5
     bare = tiny.lm(add_bos=False)
     assert all(bare.tokenizer.bos_token_id not in p for p in statistics.windows(bare, documents(text), 32, 100))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from editunlearn.numerics import losses, moments, solve
 from editunlearn.numerics.moments import SecondMoment
-from editunlearn.numerics.projector import project, protected_basis
+from editunlearn.numerics.projector import null_space
 
 IN, OUT = 24, 10
 SEEDS = range(5)
@@ -119,18 +119,18 @@ def test_alphaedit(seed: int, n: int, held: int, relative: bool) -> None:
     spectrum = torch.linalg.eigvalsh(p.c)
     threshold = float(spectrum[12:14].mean())  # in a gap, so that rounding cannot move the cut
     threshold = threshold / float(spectrum.mean()) if relative else threshold
-    removed = protected_basis(p.c, threshold, relative=relative)
-    assert removed.shape == (IN, IN - 13)
+    project = null_space(p.c, threshold, relative=relative)
+    assert project.basis.shape == (IN, IN - 13) and project.removes
     fixed = p.normal(held, IN)
-    rows = solve.projected_recognisers(p.keys, removed, 0.7, fixed)
+    rows = solve.projected_recognisers(p.keys, project, 0.7, fixed)
     literal = reference.null_space_projector(p.c, threshold, relative=relative)
     close(p.residuals.T @ rows, reference.alphaedit_update(literal, p.keys.T, fixed.T, p.residuals.T, 0.7))
-    close(project(p.keys, removed), p.keys @ literal)
+    close(project(p.keys), p.keys @ literal)
     if not held:
-        close(solve.projected_recognisers(p.keys, removed, 0.7), rows, 1e-12)
+        close(solve.projected_recognisers(p.keys, project, 0.7), rows, 1e-12)
     # text that counts in the null space is like keys already written whose second moment it is
     written = torch.cat([fixed.T, reference.square_root(2.0 * p.c)], 1)
-    rows = solve.projected_recognisers(p.keys, removed, 0.7, fixed, 2.0 * p.c)
+    rows = solve.projected_recognisers(p.keys, project, 0.7, fixed, 2.0 * p.c)
     close(p.residuals.T @ rows, reference.alphaedit_update(literal, p.keys.T, written, p.residuals.T, 0.7))
 
 
@@ -165,6 +165,17 @@ def test_without_ridge_every_value_is_met(seed: int) -> None:
     close(ridge @ p.keys.T, torch.eye(6, dtype=torch.float64) - 0.3 * torch.linalg.inv(inner))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("held", [0, 1, 9, 40])
+def test_an_updated_inverse_is_the_factor_of_the_whole(seed: int, held: int) -> None:
+    p = Random(seed, 5)
+    added = p.normal(held, IN)
+    whole = solve.factor(3.0 * p.c + added.T @ added)
+    updated = solve.Inverse(solve.inverse(p.c), 3.0, added)
+    close(updated.solve(p.keys), whole.solve(p.keys))
+    close(solve.recognisers(p.keys, updated, 1.0), solve.recognisers(p.keys, whole, 1.0))
+
+
 def test_the_scale_of_the_moment_does_not_matter_to_rome() -> None:
     p = Random(0, 1)
     one, many = (solve.rank_one(p.keys[0], p.bare[0], solve.factor(solve.preservation(p.c, w))) for w in (1.0, 3e4))
@@ -173,9 +184,9 @@ def test_the_scale_of_the_moment_does_not_matter_to_rome() -> None:
 
 def test_alphaedit_leaves_protected_directions_alone() -> None:
     p = Random(0, 5)
-    removed = protected_basis(p.c, 0.5)
-    rows = solve.projected_recognisers(p.keys, removed, 1.0)
-    assert float((rows @ removed).abs().max()) < 1e-12
+    project = null_space(p.c, 0.5)
+    rows = solve.projected_recognisers(p.keys, project, 1.0)
+    assert float((rows - project(rows)).abs().max()) < 1e-12
 
 
 def test_retained_keys_change_less() -> None:
@@ -233,9 +244,9 @@ def test_a_moment_of_few_tokens_still_has_a_factor() -> None:
 def test_null_space_errors_say_which_way_to_go() -> None:
     p = Random(0, 1)
     with pytest.raises(ValueError, match=r"no null space: all 24 eigenvalues .* relative threshold 1e-09; raise it"):
-        protected_basis(p.c, 1e-9)
+        null_space(p.c, 1e-9)
     with pytest.raises(ValueError, match="nothing protected: .* absolute threshold 1000000000.0; lower it"):
-        protected_basis(p.c, 1e9, relative=False)
+        null_space(p.c, 1e9, relative=False)
 
 
 # --- moments and projector
@@ -272,20 +283,21 @@ def test_a_moment_of_bfloat16_rows_is_off_by_its_rounding_at_most(
     assert torch.equal(moment.mean(), moment.mean().T)
 
 
-def test_projector_is_one() -> None:
+@pytest.mark.parametrize("threshold", [0.2, 1.5])
+def test_projector_is_one(threshold: float) -> None:
     p = Random(0, 9)
-    removed = protected_basis(p.c, 0.5)
-    once = project(p.keys, removed)
-    close(project(once, removed), once, 1e-12)
-    close(removed.T @ removed, torch.eye(removed.shape[1], dtype=torch.float64), 1e-12)
-    assert float((once @ removed).abs().max()) < 1e-11
-    dense = torch.eye(IN, dtype=torch.float64) - removed @ removed.T
-    close(once, p.keys @ dense, 1e-12)
+    project = null_space(p.c, threshold)
+    literal = reference.null_space_projector(p.c, threshold, relative=True)
+    assert project.removes == (float(literal.trace()) >= IN / 2) and project.basis.shape[1] <= IN / 2
+    once = project(p.keys)
+    close(once, p.keys @ literal)
+    close(project(once), once, 1e-12)
+    close(project.basis.T @ project.basis, torch.eye(project.basis.shape[1], dtype=torch.float64), 1e-12)
 
 
 def test_a_relative_threshold_does_not_depend_on_the_scale() -> None:
     p = Random(0, 1)
-    assert protected_basis(p.c, 0.5).shape == protected_basis(1e6 * p.c, 0.5).shape
+    assert null_space(p.c, 0.5).basis.shape == null_space(1e6 * p.c, 0.5).basis.shape
 
 
 # --- losses

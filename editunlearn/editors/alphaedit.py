@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from editunlearn.editors.closed_form import SiteProblem
+    from editunlearn.numerics.projector import Projector
 
 DEFAULT_LAYERS = (0.06, 0.12, 0.18, 0.24)
 """Depths of the edited blocks for ``layers: auto``, 0 the first and 1 the last."""
@@ -41,12 +42,26 @@ def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
     """
     import torch
 
+    from editunlearn.numerics import solve
+
+    project = _null_space(problem, hp)
+    held = torch.cat([problem.past, hp.retain.weight**0.5 * problem.retain])
+    text = hp.moments.weight * problem.moment.double() if hp.nullspace.soft and problem.moment is not None else None
+    rows = solve.projected_recognisers(problem.keys, project, hp.nullspace.l2, held, text)
+    return problem.residuals.double().T, rows
+
+
+def _null_space(problem: SiteProblem, hp: HParams) -> Projector:
     from editunlearn.numerics import projector, solve
 
     share = hp.retain.weight / hp.moments.weight
     moment = solve.preservation(problem.moment, 1.0, problem.retain, share, dim=problem.keys.shape[1])
-    removed = projector.protected_basis(moment, hp.nullspace.threshold, relative=hp.nullspace.relative)
-    held = torch.cat([problem.past, hp.retain.weight**0.5 * problem.retain])
-    text = hp.moments.weight * problem.moment.double() if hp.nullspace.soft and problem.moment is not None else None
-    rows = solve.projected_recognisers(problem.keys, removed, hp.nullspace.l2, held, text)
-    return problem.residuals.double().T, rows
+
+    def make() -> dict[str, Tensor]:
+        found = projector.null_space(moment, hp.nullspace.threshold, relative=hp.nullspace.relative)
+        return {"removed" if found.removes else "left": found.basis}
+
+    own = share > 0 and len(problem.retain) > 0  # facts to keep take part: it serves this request alone
+    kind = "relative" if hp.nullspace.relative else "absolute"
+    kept = make() if own else problem.derived(f"null-space-{hp.nullspace.threshold}-{kind}", make)
+    return projector.Projector(next(iter(kept.values())), "removed" in kept)

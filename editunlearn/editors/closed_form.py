@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,15 @@ from editunlearn.numerics import solve
 
 if TYPE_CHECKING:
     from editunlearn.hparams import EditorHParams
+
+
+FEW = 0.25
+"""Keys to keep, relative to the width, up to which an update of the inverse is cheaper than a factor of the whole."""
+
+STEADY = 1e7
+"""How far the inverse of ``C`` may be from that of its mean eigenvalue for updates to be exact enough."""
+
+Derived = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class SiteProblem:
         moment: second moment ``C`` (d_in, d_in), or None for the identity.
         retain: (m, d_in), keys of facts to keep; m may be 0.
         past: (p, d_in), keys of earlier edits; p may be 0.
+        derived: (name, how to make it) -> tensors that depend on ``moment`` alone, from the cache where they are there.
     """
 
     keys: Tensor
@@ -33,26 +44,35 @@ class SiteProblem:
     moment: Tensor | None
     retain: Tensor
     past: Tensor
+    derived: Derived = field(default=lambda _name, make: make())
 
 
-def preservation_factor(problem: SiteProblem, hp: EditorHParams) -> Tensor:
-    """Cholesky factor of ``w C + mu K_r^T K_r + K_past^T K_past``."""
-    system = solve.preservation(
-        problem.moment, hp.moments.weight, problem.retain, hp.retain.weight, dim=problem.keys.shape[1]
-    )
-    past = problem.past.double()
-    return solve.factor(system + past.T @ past)
+def preserved(problem: SiteProblem, hp: EditorHParams) -> solve.Preserved:
+    """``w C + mu K_r^T K_r + K_past^T K_past``.
+
+    With many keys to keep the whole is factored; else the inverse of ``C`` serves every edit of this model.
+    """
+    held = len(problem.retain) if hp.retain.weight > 0 else 0
+    rows = torch.cat([hp.retain.weight**0.5 * problem.retain[:held].double(), problem.past.double()])
+    if problem.moment is not None and len(rows) <= FEW * len(problem.moment):
+        moment = problem.moment.double()
+        found = problem.derived("inverse", lambda: {"inverse": solve.inverse(moment)})["inverse"]
+        # an update of a nearly singular term would lose all digits
+        if len(rows) == 0 or float(found.diagonal().max() * moment.diagonal().mean()) < STEADY:
+            return solve.Inverse(found, hp.moments.weight, rows)
+    system = solve.preservation(problem.moment, hp.moments.weight, dim=problem.keys.shape[1])
+    return solve.factor(system + rows.T @ rows)
 
 
 def least_squares(problem: SiteProblem, hp: EditorHParams, ridge: float) -> tuple[Tensor, Tensor]:
     """MEMIT and EMMET: left (d_out, n) and right (n, d_in), float64, for the method's ``ridge``."""
-    rows = solve.recognisers(problem.keys, preservation_factor(problem, hp), ridge)
+    rows = solve.recognisers(problem.keys, preserved(problem, hp), ridge)
     return problem.residuals.double().T, rows
 
 
 def one_by_one(problem: SiteProblem, hp: EditorHParams, *, consistent: bool) -> tuple[Tensor, Tensor]:
     """ROME: a rank-one edit for each fact, each on top of the earlier ones; left (d_out, n), right (n, d_in)."""
-    lower = preservation_factor(problem, hp)
+    term = preserved(problem, hp)
     written = problem.keys if consistent else problem.bare
-    rows = torch.cat([solve.rank_one(m, k, lower) for m, k in zip(problem.keys, written, strict=True)])
+    rows = torch.cat([solve.rank_one(m, k, term) for m, k in zip(problem.keys, written, strict=True)])
     return solve.sequential_residuals(problem.residuals, rows, written).T, rows

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from editunlearn.console import Console
     from editunlearn.editors.contexts import ForgetRows
+    from editunlearn.editors.moments import SiteMoment
     from editunlearn.facts.records import Fact, ForgetRequest
     from editunlearn.hparams import EditorHParams
     from editunlearn.lm.layout import Site
@@ -97,12 +98,12 @@ class Flow:
         stride = max(1, -(-len(general) // max(1, room)))
         return (own + general[::stride])[: self.hp.retain.max_keys] if room else own[: self.hp.retain.max_keys]
 
-    def _moments(self, sites: list[Site]) -> dict[str, Tensor | None]:
+    def _moments(self, sites: list[Site]) -> dict[str, SiteMoment]:
         if self.hp.moments.text == "none":
-            return {s.name: None for s in sites}
+            return {}
         found = moments.get(self.lm, sites, self.hp.moments, self.cache, self.console)
         moments.warn_if_few(found, sum(map(len, self._text())), self.console.warn)
-        return dict(found)
+        return found
 
     def _text(self) -> list[list[int]]:
         """Windows of token ids that the second moments are of."""
@@ -142,7 +143,7 @@ class Flow:
         sites: list[Site],
         rows: ForgetRows,
         keep: list[Fact],
-        second: dict[str, Tensor | None],
+        second: dict[str, SiteMoment],
         found: values.Values,
     ) -> tuple[dict[str, Pair], dict[str, SiteProblem]]:
         """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
@@ -169,17 +170,19 @@ class Flow:
         site: Site,
         raw: Tensor,
         wanted: Tensor | None,
-        second: dict[str, Tensor | None],
+        second: dict[str, SiteMoment],
         kept: dict[str, Tensor],
     ) -> SiteProblem:
         facts, width = len(self.request.facts), raw.shape[1]
+        measured = second.get(site.name)
         return SiteProblem(
             keys=keys.average(raw, facts),
             bare=raw.reshape(facts, -1, width)[:, 0],
             residuals=wanted if wanted is not None else torch.zeros(facts, 1),
-            moment=second[site.name],
+            moment=measured.moment if measured is not None else None,
             retain=kept.get(site.name, raw[:0]),
             past=self.past.keys.get(site.name, raw[:0]),
+            derived=measured.derived if measured is not None else lambda _name, make: make(),
         )
 
     def _solved(self, site: Site, problem: SiteProblem) -> Pair:
@@ -190,7 +193,7 @@ class Flow:
         return found
 
     def _kept_keys(
-        self, sites: list[Site], rows: ForgetRows, keep: list[Fact], second: dict[str, Tensor | None]
+        self, sites: list[Site], rows: ForgetRows, keep: list[Fact], second: dict[str, SiteMoment]
     ) -> dict[str, Tensor]:
         """By site, the keys of facts to keep and of text that would be taken for a forgotten subject, (m, d_in)."""
         hp = self.hp.retain

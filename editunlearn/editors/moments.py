@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,25 @@ def pieces(lm: LM, hp: Moments) -> list[list[int]]:
     return found
 
 
+@dataclass(frozen=True)
+class SiteMoment:
+    """``C`` of one site, and what is derived from it, kept beside it."""
+
+    moment: Tensor
+    store: Workspace
+
+    def derived(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that depend on ``C`` alone: from the cache, or made and kept."""
+        found = self.store.get(name)
+        if found is None:
+            found = make()
+            self.store.put(name, found)
+        return found
+
+
 def get(
     lm: LM, sites: Sequence[Site], hp: Moments, cache: Path | None, console: Console, *, fresh: bool = False
-) -> dict[str, Tensor]:
+) -> dict[str, SiteMoment]:
     """``C`` (d_in, d_in) float32 of each site: from the cache where it is there, the rest measured in one pass.
 
     Raises:
@@ -74,7 +91,7 @@ def get(
     missing = [s for s in sites if s.name not in found]
     if not missing:
         console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, windows_of_text)):,} tokens each")
-        return found
+        return {name: SiteMoment(moment, stores[name]) for name, moment in found.items()}
     partial = Workspace(_root(cache), {**inputs, "sites": [s.name for s in missing]}, fresh=fresh)
     for name, moment in _measure(lm, missing, windows_of_text, partial, console).items():
         if not torch.isfinite(moment).all():
@@ -83,7 +100,7 @@ def get(
         stores[name].put("moment", {"moment": moment})
         found[name] = moment
     partial.remove()
-    return found
+    return {name: SiteMoment(moment, stores[name]) for name, moment in found.items()}
 
 
 def _root(cache: Path | None) -> Path | None:
@@ -120,9 +137,9 @@ def _batches(pieces: Sequence[list[int]]) -> list[list[list[int]]]:
     return found
 
 
-def warn_if_few(moments: dict[str, Tensor], tokens: int, warn: Callable[[str], None]) -> None:
+def warn_if_few(moments: dict[str, SiteMoment], tokens: int, warn: Callable[[str], None]) -> None:
     """Say so when there are fewer tokens than dimensions: such a moment is singular, it preserves only what it saw."""
-    widest = max(len(m) for m in moments.values())
+    widest = max(len(m.moment) for m in moments.values())
     if tokens < widest:
         warn(
             f"the second moment is of {tokens:,} tokens, fewer than its width {widest:,}, and preserves only what it "

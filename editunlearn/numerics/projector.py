@@ -1,37 +1,50 @@
-"""Null-space projectors as the basis of what is removed: ``P = I - U U^T``, never a d x d matrix."""
+"""Null-space projectors as an orthonormal basis: ``P = I - U U^T`` or ``P = V V^T``, never a d x d matrix."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def project(rows: Tensor, removed: Tensor) -> Tensor:
-    """``rows P`` for ``rows`` (n, d) and an orthonormal ``removed`` (d, m)."""
-    return rows - (rows @ removed) @ removed.T
+@dataclass(frozen=True)
+class Projector:
+    """A projector by the smaller of two bases.
+
+    Attributes:
+        basis: (d, m) float64, orthonormal columns.
+        removes: the basis spans what is removed; else it spans what is left.
+    """
+
+    basis: Tensor
+    removes: bool = True
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``rows P`` for ``rows`` (n, d)."""
+        inside = (rows @ self.basis) @ self.basis.T
+        return rows - inside if self.removes else inside
 
 
-def protected_basis(moment: Tensor, threshold: float, *, relative: bool = True) -> Tensor:
-    """Directions in which typical keys lie: eigenvectors of ``C`` with an eigenvalue of at least the threshold.
+def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Projector:
+    """Projector off the directions in which typical keys lie: eigenvectors of ``C`` at or above the threshold.
 
     Args:
         moment: symmetric (d, d).
         threshold: in units of the mean eigenvalue when ``relative``; else absolute, as published (AlphaEdit: 0.02).
-
-    Returns:
-        (d, m) float64, orthonormal columns.
 
     Raises:
         ValueError: nothing is left to edit in (every direction is protected), or nothing is protected.
     """
     values, vectors = torch.linalg.eigh(moment.double())
     limit = threshold * float(values.mean()) if relative else threshold
-    removed: Tensor = vectors[:, values >= limit]
+    protected = values >= limit
     kind = "relative" if relative else "absolute"
-    if removed.shape[1] == len(values):
+    if protected.all():
         raise ValueError(
             f"no null space: all {len(values)} eigenvalues are above the {kind} threshold {threshold}; raise it"
         )
-    if removed.shape[1] == 0:
+    if not protected.any():
         raise ValueError(f"nothing protected: all eigenvalues are below the {kind} threshold {threshold}; lower it")
-    return removed
+    removes = int(protected.sum()) <= len(values) // 2
+    return Projector(vectors[:, protected if removes else ~protected].contiguous(), removes)
