@@ -85,7 +85,7 @@ class Flow:
         keep = self._keep()
         second = self._moments(sites)
         found = self._values(rows, keep, sites)
-        factors, solved = self._solve(sites, rows, keep, second, found)
+        factors, solved = self.solve(sites, rows, keep, second, found)
         if self.hp.refine is not None:
             factors = self._refine(factors, solved, rows, keep)
         _check_finite(factors)
@@ -138,7 +138,7 @@ class Flow:
             )
         return found
 
-    def _solve(
+    def solve(
         self,
         sites: list[Site],
         rows: ForgetRows,
