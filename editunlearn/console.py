@@ -203,6 +203,13 @@ class Progress:
             self._last = now
             self._console.info(self._line(now - self._start))
 
+    def expect(self, total: int) -> None:
+        """There will be ``total`` of them after all."""
+        self._total = total
+        if self._bar is not None and self._bar.total != total:
+            self._bar.total = total
+            self._bar.refresh()
+
     def note(self, text: str) -> None:
         """Short text behind the bar (a loss, a count); not shown without a terminal."""
         if self._bar is not None:

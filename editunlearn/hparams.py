@@ -148,8 +148,8 @@ class NullSpace(Piece):
     )
 
 
-LEAST_STEPS, STEPS_PER_FACT = 40, 5
-"""Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
+MOST_STEPS, STEPS_PER_FACT = 80, 5
+"""Steps of refine at most when they are ``auto``: the more facts there are to tell apart, the more."""
 
 
 class Refine(Piece):
@@ -157,7 +157,8 @@ class Refine(Piece):
 
     steps: Steps = Field(
         default="auto",
-        description=f"Updates of Adam; auto: {LEAST_STEPS}, or {STEPS_PER_FACT} a fact less {2 * LEAST_STEPS} if more.",
+        description="Updates of Adam; auto: until nearly all facts are learned and then a third more, at most "
+        f"{MOST_STEPS}, or {STEPS_PER_FACT} a fact less 60 if more.",
     )
     lr: Real = Field(
         default=0.05,
@@ -176,10 +177,10 @@ class Refine(Piece):
         default=1024, ge=1, description="Tokens in memory at a time; changes memory, not results."
     )
 
-    def steps_for(self, facts: int) -> int:
-        """Updates for that many facts to forget."""
+    def most(self, facts: int) -> int:
+        """Updates at most for that many facts to forget."""
         if self.steps == "auto":
-            return max(LEAST_STEPS, STEPS_PER_FACT * facts - 2 * LEAST_STEPS)
+            return max(MOST_STEPS, STEPS_PER_FACT * facts - 60)
         return self.steps
 
 

@@ -105,7 +105,7 @@ def test_a_section_can_be_switched_off_and_on() -> None:
     off = load_hparams("memit", set=["refine=null"])
     assert off.refine is None
     on = load_hparams("paper/memit", set=["refine.steps=5"])
-    assert on.refine is not None and on.refine.steps_for(1000) == 5
+    assert on.refine is not None and on.refine.most(1000) == 5
     assert load_hparams("memit", set=["value={steps: 2, lr: 1e-2}"]).value.lr == 0.01
 
 
@@ -159,7 +159,7 @@ def test_a_method_has_only_the_settings_that_it_uses(method: str, key: str) -> N
 
 def test_what_refine_has() -> None:
     auto = load_hparams("memit").refine
-    assert auto is not None and [auto.steps_for(n) for n in (1, 20, 22, 1000)] == [40, 40, 40, 4920]
+    assert auto is not None and [auto.most(n) for n in (1, 20, 22, 1000)] == [80, 80, 80, 4940]
     assert "it must be auto, or" in problem("memit", set=["refine.steps=many"])
     refine = load_hparams("memit", set=["refine={steps: 3, text_kl: 0, floor: 0, contexts: 1}"]).refine
     assert refine is not None and (refine.steps, refine.text_kl, refine.floor, refine.contexts) == (3, 0, 0, 1)

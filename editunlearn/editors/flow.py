@@ -220,16 +220,17 @@ class Flow:
         hp = self.hp.refine
         assert hp is not None  # noqa: S101 - the caller checked
         text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
-        steps = hp.steps_for(len(self.request.facts))
+        steps = hp.most(len(self.request.facts))
         budget = hp.text_length * hp.text_batch * steps
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
         goals = Goals(rows.targets, self._prompts_to_keep(keep), pieces)
         with self.console.progress(steps, "refine (steps)") as bar:
 
-            def report(step: int, nll: float, kept: float, generic: float) -> None:
+            def report(step: int, expected: int, nll: float, kept: float, generic: float) -> None:
+                bar.expect(expected)
                 bar.update(1)
                 losses = f"NLL {nll:.3f}, KL retain {kept:.4f}, KL text {generic:.4f}"
-                self.console.detail(f"refine {step + 1}: {losses}", level=2)
+                self.console.detail(f"refine {step}: {losses}", level=2)
 
             left = refine(
                 self.lm,

@@ -56,8 +56,11 @@ class Gradient:
                 value.grad *= factor
 
 
-def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, floor: float) -> float:
+def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, floor: float) -> Tensor:
     """NLL of the targets, mean over tokens plus the largest; its weighted gradient is put on the left factors.
+
+    Returns:
+        Mean over its rows for each fact, (facts,) float32.
 
     One token that is not the likeliest sends greedy decoding astray, however well the others are learned. A row's
     weight is its excess over the floor relative to the mean excess: most facts are done long before the last, and what
@@ -67,23 +70,25 @@ def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, 
     shares = [1 / (len(fact) * len(facts)) for fact in facts for _ in fact]
     lm = head.lm
     weight = torch.tensor(shares, device=lm.device)
-    total = mean_excess = 0.0
+    owner = [number for number, fact in enumerate(facts) for _ in fact]
+    found = torch.zeros(len(rows), device=lm.device)
+    mean_excess = 0.0
 
     def run(part: Sequence[int]) -> None:
-        nonlocal total, mean_excess
+        nonlocal mean_excess
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
         token = head.cross_entropy(hidden_at_targets(lm, padded), padded.labels)
         nll = losses.mean_by(token, padded.owners, len(part)) + losses.largest_by(token, padded.owners, len(part))
         excess = (nll - floor).clamp(min=0)
         # the gradient of half the square is the excess times the gradient; the mean is known after the last part
         (0.5 * excess.square() * weight[part]).sum().backward()  # type: ignore[no-untyped-call]
-        total += float((nll.detach() * weight[part]).sum())
+        found[list(part)] = nll.detach()
         mean_excess += float((excess.detach() * weight[part]).sum())
 
     gradient.over(rows, run)
     if mean_excess > 0:
         gradient.scale(1 / mean_excess)
-    return total
+    return losses.mean_by(found, torch.tensor(owner, device=lm.device), len(facts))
 
 
 class Keep:

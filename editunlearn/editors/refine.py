@@ -19,6 +19,7 @@ from torch import Tensor
 
 from editunlearn.editors.column_adam import ColumnAdam
 from editunlearn.editors.objective import Gradient, Keep, forget_loss
+from editunlearn.editors.schedule import Given, Schedule, UntilLearned
 from editunlearn.errors import NumericalError
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import on_output, stack
@@ -86,20 +87,20 @@ def refine(
     seed: int = 0,
     work: Workspace | None = None,
     already: Callable[[int], None] = lambda _: None,
-    report: Callable[[int, float, float, float], None] = lambda *_: None,
+    report: Callable[[int, int, float, float, float], None] = lambda *_: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
     Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
     facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
-    Adam on all left factors, in steps of ``hp.lr`` times the fact's unit, cosine decay.
+    Adam on all left factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end.
 
     Args:
         units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
-        report: called with (step, NLL, retain KL, text KL) after every step.
+        report: called with (step, steps expected, NLL, retain KL, text KL) after every step.
         warn: called with a sentence when a batch does not fit and is halved.
 
     Raises:
@@ -120,28 +121,35 @@ def refine(
         hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
         return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
 
+    facts = len(goals.forget)
+    most = hp.most(facts)
+    schedule: Schedule = UntilLearned(facts, hp.floor, most) if hp.steps == "auto" else Given(most)
     if work is not None and (kept_state := work.get("refine")):
         optimiser.load(kept_state)
+        schedule.load(kept_state)
     start = optimiser.count
     already(start)
-    steps = hp.steps_for(len(goals.forget))
-    for step in range(steps):
-        batch_of_step = draw.forget(), draw.retain(), draw.text()
-        if step < start:
-            retain.remember(batch_of_step[1])
-            generic.remember(batch_of_step[2])
+    step = 0
+    while step < max(start, schedule.end):
+        chosen, forget = draw.forget()
+        kept_rows, text_rows = draw.retain(), draw.text()
+        step += 1
+        if step <= start:
+            retain.remember(kept_rows)
+            generic.remember(text_rows)
             continue
-        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
         with change():
-            nll = forget_loss(head, batch_of_step[0], gradient, hp.floor)
-        kept = retain.loss(change, batch_of_step[1], hp.kl)
-        text = generic.loss(change, batch_of_step[2], hp.text_kl)
-        if not all(map(math.isfinite, (nll, kept, text))):
-            raise NumericalError(f"refine: the loss at step {step + 1} is not finite; try a smaller refine.lr")
-        optimiser.step(hp.lr * decay)
-        if work is not None and (step + 1) % CHECKPOINT == 0:
-            work.put("refine", optimiser.state())
-        report(step, nll, kept, text)
+            nll = forget_loss(head, forget, gradient, hp.floor)
+        kept = retain.loss(change, kept_rows, hp.kl)
+        text = generic.loss(change, text_rows, hp.text_kl)
+        loss = float(nll.mean())
+        if not all(map(math.isfinite, (loss, kept, text))):
+            raise NumericalError(f"refine: the loss at step {step} is not finite; try a smaller refine.lr")
+        optimiser.step(hp.lr * schedule.rate(step - 1))
+        schedule.saw(step - 1, chosen, nll)
+        if work is not None and step % CHECKPOINT == 0:
+            work.put("refine", {**optimiser.state(), **schedule.state()})
+        report(step, schedule.end, loss, kept, text)
     return {name: value.detach().cpu() for name, value in left.items()}
 
 
@@ -161,14 +169,15 @@ class _Draw:
             queue.extend(fresh)
         return [queue.pop(0) for _ in range(min(count, size))]
 
-    def forget(self) -> list[list[Row]]:
-        """For each fact of the step: its bare prompt and some of its prefixed ones."""
+    def forget(self) -> tuple[list[int], list[list[Row]]]:
+        """Numbers of the facts of the step, and for each its bare prompt and some of its prefixed ones."""
+        numbers = self._next("forget", len(self.goals.forget), self.hp.forget_batch)
         chosen = []
-        for i in self._next("forget", len(self.goals.forget), self.hp.forget_batch):
+        for i in numbers:
             rows = list(self.goals.forget[i])
             others = self.random.sample(rows[1:], min(len(rows) - 1, self.hp.contexts - 1))
             chosen.append([rows[0], *others])
-        return chosen
+        return numbers, chosen
 
     def retain(self) -> list[int]:
         """Numbers of the prompts to keep, counted through all pools."""
