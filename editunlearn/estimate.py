@@ -152,13 +152,15 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
 
 def memory(model: Any, hp: EditorHParams, dtype: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
     """Bytes of what is large, and of all that is there at the same time."""
+    from editunlearn.lm.head import PIECE
+
     vocabulary = model.get_output_embeddings().weight.shape[0]
     widest = max(i for _, i in shapes)
     rows = {
         f"model in {dtype}": float(BYTES.get(dtype, 4) * sum(p.numel() for p in model.parameters())),
         "second moments": 0.0 if hp.moments.text == "none" else float(sum(8 * i * i for _, i in shapes)),
         "one solve": 3.0 * 8 * widest * widest,
-        "logits of one batch": 2.0 * 4 * vocabulary * max(2048, hp.refine.batch_tokens if hp.refine else 0),
+        "logits of one piece": float(BYTES.get(dtype, 4) * min(PIECE, 2048 * vocabulary)),
     }
     base, second, solve, logits = rows.values()
     return {**rows, "at the same time, about": base + second + max(solve, logits)}

@@ -148,7 +148,7 @@ class NullSpace(Piece):
     )
 
 
-MOST_STEPS, STEPS_PER_FACT = 80, 5
+MOST_STEPS, STEPS_PER_FACT = 100, 5
 """Steps of refine at most when they are ``auto``: the more facts there are to tell apart, the more."""
 
 
@@ -157,7 +157,7 @@ class Refine(Piece):
 
     steps: Steps = Field(
         default="auto",
-        description="Updates of Adam; auto: until nearly all facts are learned and then a third more, at most "
+        description="Updates of Adam; auto: until nearly all facts are learned and then as many again, at most "
         f"{MOST_STEPS}, or {STEPS_PER_FACT} a fact less 60 if more.",
     )
     lr: Real = Field(

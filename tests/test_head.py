@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from editunlearn.lm import head as heads
-from editunlearn.lm.head import Head, before_head
-from editunlearn.lm.likelihood import logits_of
+from editunlearn.lm.head import Head, before_head, logits_of
 
 LABELS = torch.tensor([3, 0, 7, 5, 3])
 

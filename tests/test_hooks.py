@@ -10,6 +10,7 @@ import torch
 from lm_rows import rows
 from torch import Tensor, nn
 
+from editunlearn.lm.head import logits_of
 from editunlearn.lm.hooks import (
     StopForward,
     at_scored_positions,
@@ -20,7 +21,7 @@ from editunlearn.lm.hooks import (
     read_inputs,
     run_truncated,
 )
-from editunlearn.lm.likelihood import logits_of, target_logits
+from editunlearn.lm.likelihood import target_logits
 from editunlearn.lm.tokens import batch
 
 

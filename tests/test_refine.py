@@ -119,20 +119,20 @@ def run_of(schedule: Schedule, learned_at: int, facts: int = 20) -> list[float]:
 
 
 def test_full_steps_until_the_facts_are_learned() -> None:
-    rates = run_of(UntilLearned(20, 0.6, 80), 40)
-    assert len(rates) == 54 and rates[:40] == [1.0] * 40
+    rates = run_of(UntilLearned(20, 0.6, 100), 40)
+    assert len(rates) == 80 and rates[:40] == [1.0] * 40
     assert rates[40:] == sorted(rates[40:], reverse=True) and rates[-1] == pytest.approx(0.05)
-    assert len(run_of(UntilLearned(20, 0.6, 80), 1)) == 11
-    late = run_of(UntilLearned(20, 0.6, 80), 70)  # too late: the tail has begun
-    assert len(late) == len(run_of(UntilLearned(20, 0.6, 80), 1000)) == 80 and late[58] == 1.0 > late[60]
-    assert len(run_of(UntilLearned(19, 0.6, 80), 10, facts=19)) == 80  # one of nineteen is too many
+    assert len(run_of(UntilLearned(20, 0.6, 100), 1)) == 16
+    late = run_of(UntilLearned(20, 0.6, 100), 70)  # too late: the tail has begun
+    assert len(late) == len(run_of(UntilLearned(20, 0.6, 100), 1000)) == 100 and late[49] == 1.0 > late[51]
+    assert len(run_of(UntilLearned(19, 0.6, 100), 10, facts=19)) == 100  # one of nineteen is too many
     given = run_of(Given(30), 1)
     assert len(given) == 30 and given[0] == 1.0 and given == sorted(given, reverse=True)
 
 
 @pytest.mark.parametrize("at", [3, 18, 25])
 def test_a_schedule_goes_on_where_it_stopped(at: int) -> None:
-    interrupted, resumed = UntilLearned(20, 0.6, 80), UntilLearned(20, 0.6, 80)
+    interrupted, resumed = UntilLearned(20, 0.6, 100), UntilLearned(20, 0.6, 100)
 
     def sees(schedule: UntilLearned, steps: range) -> list[float]:
         rates = []
@@ -143,7 +143,7 @@ def test_a_schedule_goes_on_where_it_stopped(at: int) -> None:
 
     before = sees(interrupted, range(at))
     resumed.load(interrupted.state())
-    assert before + sees(resumed, range(at, 30)) == sees(UntilLearned(20, 0.6, 80), range(30))
+    assert before + sees(resumed, range(at, 30)) == sees(UntilLearned(20, 0.6, 100), range(30))
     assert resumed.turn == 19  # 19 of 20 facts
 
 
@@ -194,7 +194,7 @@ def test_what_refine_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
     own, others, known, strangers = (len(pool) for pool in seen["goals"].retain)
     assert (own, known) == (1, 2)  # unknown facts count
     assert (others, strangers) == (2 * 3, 2 * 3)  # two prompts with each of three other names
-    assert seen["reports"] == seen["expected"] <= 80
+    assert seen["reports"] == seen["expected"] <= 100
 
 
 @pytest.mark.parametrize(("pool", "number"), [("kl", 1), ("text_kl", 2)])

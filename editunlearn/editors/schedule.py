@@ -18,8 +18,9 @@ LEARNED = 2.0
 SHARE = 0.95
 """Share of the facts that must be learned before the steps get smaller; one that never is must not hold up the rest."""
 
-TAIL, LEAST_TAIL = 0.35, 10
-"""Steps that get smaller, relative to those before, and the fewest."""
+TAIL, LEAST_TAIL = 1.0, 15
+"""Steps that get smaller, relative to those before, and the fewest. What stays recovers in them: with a third as many
+as before, 40 facts were forgotten as well, but half as much again of the others was lost."""
 
 
 class Schedule(Protocol):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from editunlearn.lm.hooks import first_tensor
-from editunlearn.lm.likelihood import logits_of
 from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
@@ -152,6 +151,20 @@ def hidden_of(lm: LM, scored: Tensor, run: Callable[[], object]) -> Tensor:
     with before_head(lm.head, scored) as seen:
         run()
     return seen[0].to(lm.device)
+
+
+def logits_of(lm: LM, hidden: Tensor) -> Tensor:
+    """Logits (n, vocabulary) of hidden states (n, width) taken right before the head.
+
+    All that the model does to its logits is done: it runs on one token, and its head gets ``hidden`` instead of that
+    token's state.
+    """
+    one = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+    handle = lm.head.register_forward_pre_hook(lambda _module, args: (hidden[None], *args[1:]))
+    try:
+        return first_tensor(lm.model(input_ids=one, use_cache=False).logits).squeeze(0).to(lm.device)
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

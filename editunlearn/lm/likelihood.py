@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
+from editunlearn.lm.head import Head, hidden_of
 from editunlearn.lm.hooks import at_scored_positions, first_tensor
 from editunlearn.lm.tokens import Batch, Row, batch
 from editunlearn.numerics import losses
@@ -42,20 +43,6 @@ def target_logits(lm: LM, padded: Batch) -> Tensor:
         return first_tensor(lm.model(**padded.inputs, use_cache=False).logits).squeeze(0).to(lm.device)
 
 
-def logits_of(lm: LM, hidden: Tensor) -> Tensor:
-    """Logits (n, vocabulary) of hidden states (n, width) taken right before the head.
-
-    All that the model does to its logits is done: it runs on one token, and its head gets ``hidden`` instead of that
-    token's state.
-    """
-    one = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
-    handle = lm.head.register_forward_pre_hook(lambda _module, args: (hidden[None], *args[1:]))
-    try:
-        return first_tensor(lm.model(input_ids=one, use_cache=False).logits).squeeze(0).to(lm.device)
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
 def score(lm: LM, rows: Sequence[Row], *, closed: bool = True) -> list[Likelihood]:
     """Likelihood of the target part of each row.
@@ -83,11 +70,12 @@ def score(lm: LM, rows: Sequence[Row], *, closed: bool = True) -> list[Likelihoo
 def perplexity(lm: LM, pieces: Sequence[Sequence[int]]) -> float:
     """exp of the mean negative log-likelihood of all tokens but the first of each piece."""
     rows = [Row(tuple(p), 0, 1) for p in pieces]
-    total = [0.0, 0]
+    head, total = Head(lm), [0.0, 0]
 
     def run(part: Sequence[int]) -> None:
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
-        token = losses.cross_entropy(target_logits(lm, padded), padded.labels)
+        states = hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
+        token = head.cross_entropy(states, padded.labels)
         total[0] += float(token.double().sum())
         total[1] += len(token)
 
