@@ -141,7 +141,7 @@ class Bench:
         few = list(statistics.windows(self.slow, documents("general"), 2048, self.args.literal_tokens))
         theirs, _ = timed(self.slow.device, lambda: literal.statistics(self.slow, names, few))
         ours, _ = timed(self.fast.device, lambda: moments.get(self.fast, self.sites, hp, None, Console(quiet=True)))
-        windows = moments.pieces(self.fast, hp)
+        windows = moments.pieces(self.fast, self.sites, hp)
         exact = literal.statistics(self.slow, names, windows[:: max(1, len(windows) // 20)])
         here = windows[:: max(1, len(windows) // 20)]
         rounded = {name: SecondMoment(len(exact[name])) for name in names}

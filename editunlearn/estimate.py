@@ -52,12 +52,13 @@ def tokens_of(texts: Iterable[str]) -> int:
 
 
 def work(
-    cost: Cost, hp: EditorHParams, facts: Sequence[Fact], retain: Sequence[Fact], depth: float
+    cost: Cost, hp: EditorHParams, facts: Sequence[Fact], retain: Sequence[Fact], depth: float, width: int
 ) -> dict[str, float]:
     """Floating-point operations of each stage.
 
     Args:
         depth: share of the blocks up to the last edited one.
+        width: of the widest site's input.
     """
     general = load_facts(shipped_path("data", "general_facts.jsonl"))
     asked, kept = tokens_of(f.prompt for f in facts), tokens_of(f.prompt for f in retain)
@@ -68,8 +69,8 @@ def work(
     pinned = 3 * asked if hp.value.kl > 0 else 0
     stages = {
         "general facts, once per model": cost(tokens_of(f.prompt + f.answer for f in general), 2 * len(general)),
-        "second moments, once per model": statistics(cost, hp, depth),
-        "lookalikes": statistics(cost, hp, depth) if hp.retain.lookalikes and hp.retain.weight else 0.0,
+        "second moments, once per model": statistics(cost, hp, depth, width),
+        "lookalikes": statistics(cost, hp, depth, width) if hp.retain.lookalikes and hp.retain.weight else 0.0,
         "values, at most": 2 * hp.value.steps * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
         "refine": _refine(cost, hp, rows / max(1, len(facts) * contexts), targets / max(1, len(facts)), len(facts)),
     }
@@ -104,6 +105,11 @@ class Target:
     shapes: list[tuple[int, int]]
     depth: float
 
+    @property
+    def width(self) -> int:
+        """Of the widest site's input."""
+        return max(width for _, width in self.shapes)
+
 
 def target(config: Any, hp: EditorHParams, layers: Sequence[int] | None = None) -> Target:
     """The sites of a model of this configuration; ``layers`` goes before those of ``hp``."""
@@ -126,17 +132,19 @@ def dtype_of(config: Any, asked: str) -> str:
     return name.removeprefix("torch.")
 
 
-def statistics(cost: Cost, hp: EditorHParams, depth: float) -> float:
+def statistics(cost: Cost, hp: EditorHParams, depth: float, width: int) -> float:
     """Floating-point operations of one pass over the text of the second moments."""
-    return depth * cost(min(hp.moments.tokens, _most(hp)), 0)
+    return depth * cost(min(hp.moments.budget(width), _most(hp, width)), 0)
 
 
-def _most(hp: EditorHParams) -> float:
+def _most(hp: EditorHParams, width: int) -> float:
     """Tokens that there are in the text for second moments."""
     if hp.moments.text == "none":
         return 0
     shipped = hp.moments.text == "general"
-    return shipped_path("data", "general_text.jsonl").stat().st_size / CHARACTERS if shipped else hp.moments.tokens
+    return (
+        shipped_path("data", "general_text.jsonl").stat().st_size / CHARACTERS if shipped else hp.moments.budget(width)
+    )
 
 
 def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int) -> float:

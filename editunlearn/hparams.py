@@ -42,19 +42,20 @@ def _layers(value: Any) -> Any:
     return layers
 
 
-def _steps(value: Any) -> Any:
-    if value != "auto" and (type(value) is not int or value < 1):
-        raise ValueError(f"refine.steps is {value!r}; it must be auto, or a whole number of at least 1.")
-    return value
+def _count(name: str) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be auto, or a whole number of at least 1.")
+        return value
+
+    return BeforeValidator(check)
 
 
 Real = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_number)]
 Whole = Annotated[int, Strict()]
-Steps = Annotated[
-    Literal["auto"] | int,
-    BeforeValidator(_steps),
-    Field(json_schema_extra={"allowed": "auto, or a whole number of at least 1"}),
-]
+_COUNT = Field(json_schema_extra={"allowed": "auto, or a whole number of at least 1"})
+Steps = Annotated[Literal["auto"] | int, _count("refine.steps"), _COUNT]
+Tokens = Annotated[Literal["auto"] | int, _count("moments.tokens"), _COUNT]
 Layers = Annotated[
     Literal["auto"] | list[int | float],
     BeforeValidator(_layers),
@@ -110,6 +111,10 @@ class Value(Piece):
     )
 
 
+LEAST_TOKENS, TOKENS_PER_DIMENSION = 40_000, 10
+"""Tokens of a second moment when they are ``auto``: what is fewer than its width says nothing of some directions."""
+
+
 class Moments(Piece):
     """The second moment C of the keys over text: what the edit has to leave alone."""
 
@@ -118,9 +123,17 @@ class Moments(Piece):
         min_length=1,
         description="Text to read: general (shipped), a path, hub id:config:split, or none (C = identity).",
     )
-    tokens: Whole = Field(default=40_000, ge=1, description="How many tokens of that text to read.")
+    tokens: Tokens = Field(
+        default="auto",
+        description="How many tokens of that text to read; auto: "
+        f"{TOKENS_PER_DIMENSION} for each dimension of the keys, at least {LEAST_TOKENS:,}.",
+    )
     length: Whole = Field(default=256, ge=2, description="Length of the packed sequences in tokens.")
     weight: Real = Field(default=10000.0, gt=0, description="Weight of C against the keys of the facts.")
+
+    def budget(self, width: int) -> int:
+        """Tokens to read for keys of that many dimensions."""
+        return max(LEAST_TOKENS, TOKENS_PER_DIMENSION * width) if self.tokens == "auto" else self.tokens
 
 
 class Retain(Piece):

@@ -151,7 +151,7 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     )
     dtype = estimate.dtype_of(made.config, args.dtype)
     memory = estimate.memory(found.model, made.hp, dtype, found.shapes)
-    flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found.depth)
+    flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found.depth, found.width)
     disk = sum(4 * len(made.facts) * (out + width) for out, width in found.shapes)
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))
     console.result_json(

@@ -24,9 +24,17 @@ from editunlearn.cli import (
 from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
     from editunlearn.console import Console
     from editunlearn.estimate import Target
     from editunlearn.hparams import EditorHParams
+    from editunlearn.lm.loading import LM
+
+PROBES = 50
+"""Shipped facts whose solve shows how steady a second moment is."""
 
 EXAMPLES = """\
   editunlearn stats --hparams memit                              for the layers that memit edits in the demo model
@@ -40,6 +48,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_hparams_flags(p)
     add_model_flags(p)
     p.add_argument("--layers", type=int, nargs="+", help="block numbers (default: those that the hparams edit)")
+    p.add_argument("--stability", action="store_true", help="how much half of the text would change the solve")
     state = p.add_mutually_exclusive_group()
     state.add_argument("--resume", action="store_true", help="go on with interrupted work (the default)")
     state.add_argument("--fresh", action="store_true", help="measure anew even what is in the cache")
@@ -74,7 +83,7 @@ def _main(argv: Sequence[str]) -> None:
     console.header(
         [
             f"second moments of {args.model}: layers {', '.join(map(str, layers))} ({target.why})",
-            f"text: {hp.moments.tokens:,} tokens of {hp.moments.text}; cache: {cache}",
+            f"text: {hp.moments.budget(target.width):,} tokens of {hp.moments.text}; cache: {cache}",
         ]
     )
     if args.dry_run:
@@ -85,16 +94,45 @@ def _main(argv: Sequence[str]) -> None:
     lm = load_model(args)
     measured = moments.get(lm, lm.layout.sites(layers), hp.moments, cache, console, fresh=args.fresh)
     found = {name: one.moment for name, one in measured.items()}
+    change = _stability(lm, found, hp, cache, console) if args.stability else {}
     rows = []
     for name, moment in found.items():
         values = moment.double().diagonal()
-        rows.append((name, len(moment), f"{values.mean():.4g}", f"{values.max() / values.mean():.1f}"))
-    console.table("second moments", ["module", "width", "mean square", "largest / mean"], rows)
+        last = [f"{change[name]:.3f}"] if change else []
+        rows.append((name, len(moment), f"{values.mean():.4g}", f"{values.max() / values.mean():.1f}", *last))
+    columns = ["module", "width", "mean square", "largest / mean", *(["change by half the text"] if change else [])]
+    console.table("second moments", columns, rows)
     console.result_json(
-        {name: {"width": len(m), "mean_square": float(m.double().diagonal().mean())} for name, m in found.items()}
+        {
+            name: {
+                "width": len(m),
+                "mean_square": float(m.double().diagonal().mean()),
+                **({"change_by_half": change[name]} if change else {}),
+            }
+            for name, m in found.items()
+        }
     )
     settings = [part for item in args.set for part in ("--set", item)]
     console.next_step(["editunlearn", "apply", "--hparams", args.hparams, *settings, "--model", args.model])
+
+
+def _stability(lm: LM, found: dict[str, Tensor], hp: EditorHParams, cache: Path, console: Console) -> dict[str, float]:
+    """By site, how far the solve of some shipped facts would be off with half of the text."""
+    from editunlearn.editors import contexts, keys, moments
+    from editunlearn.facts.readers import load_facts
+    from editunlearn.resources import shipped_path
+
+    sites = [lm.layout.site(lm.layout.layer_of(name)) for name in found]
+    tokens = sum(map(len, moments.pieces(lm, sites, hp.moments)))
+    less = hp.moments.model_copy(update={"tokens": max(1, tokens // 2)})
+    half = moments.get(lm, sites, less, cache, console)
+    facts = load_facts(shipped_path("data", "general_facts.jsonl"))
+    rows = contexts.keep_rows(lm, facts[:: max(1, len(facts) // PROBES)], hp, answers=False)
+    probes = keys.collect(lm, rows, sites)
+    return {
+        name: moments.change_of_solve(half[name].moment, moment, probes[name], hp.moments.weight)
+        for name, moment in found.items()
+    }
 
 
 def _dry_run(console: Console, args: argparse.Namespace, hp: EditorHParams, target: Target) -> None:
@@ -103,14 +141,14 @@ def _dry_run(console: Console, args: argparse.Namespace, hp: EditorHParams, targ
     dtype = estimate.dtype_of(target.config, args.dtype)
     memory = estimate.memory(target.model, hp, dtype, target.shapes)
     memory = {name: size for name, size in memory.items() if name in (f"model in {dtype}", "second moments")}
-    flops = {"second moments": estimate.statistics(estimate.cost(target.model), hp, target.depth)}
+    flops = {"second moments": estimate.statistics(estimate.cost(target.model), hp, target.depth, target.width)}
     disk = float(sum(4 * width * width for _, width in target.shapes))
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk, "second moments"))
     console.result_json(
         {
             "layers": target.layers,
             "text": hp.moments.text,
-            "tokens": hp.moments.tokens,
+            "tokens": hp.moments.budget(target.width),
             "memory_bytes": memory,
             "flop": flops,
             "disk_bytes": disk,

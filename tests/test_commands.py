@@ -359,6 +359,13 @@ def test_help_is_instant(command: str, tmp_path: Path) -> None:
     assert "editunlearn" in done.stdout and ("examples:" in done.stdout or not command)
 
 
+def test_stats_says_how_steady_the_solve_is(world: World, tmp_path: Path) -> None:
+    called = call("stats", *world.stats_flags(tmp_path, "--stability", "--json"))
+    assert called.code == 0, called.err
+    found = json.loads(called.out)
+    assert found and all(0 < site["change_by_half"] < 1 for site in found.values()), found
+
+
 def test_stats_measures_once(world: World, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     called = call("stats", *world.stats_flags(cache, "--layers", "0", "2"))

@@ -157,6 +157,13 @@ def test_a_method_has_only_the_settings_that_it_uses(method: str, key: str) -> N
     assert not hasattr(load_hparams(method), key)
 
 
+def test_tokens_of_the_second_moment() -> None:
+    auto = load_hparams("memit").moments
+    assert (auto.budget(640), auto.budget(14336)) == (40_000, 143_360)
+    assert load_hparams("memit", set=["moments.tokens=7"]).moments.budget(640) == 7
+    assert "moments.tokens is 'all'; it must be auto, or" in problem("memit", set=["moments.tokens=all"])
+
+
 def test_what_refine_has() -> None:
     auto = load_hparams("memit").refine
     assert auto is not None and [auto.most(n) for n in (1, 20, 22, 1000)] == [100, 100, 100, 4940]

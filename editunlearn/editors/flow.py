@@ -102,12 +102,12 @@ class Flow:
         if self.hp.moments.text == "none":
             return {}
         found = moments.get(self.lm, sites, self.hp.moments, self.cache, self.console)
-        moments.warn_if_few(found, sum(map(len, self._text())), self.console.warn)
+        moments.warn_if_few(found, sum(map(len, self._text(sites))), self.console.warn)
         return found
 
-    def _text(self) -> list[list[int]]:
+    def _text(self, sites: list[Site]) -> list[list[int]]:
         """Windows of token ids that the second moments are of."""
-        return moments.pieces(self.lm, self.hp.moments)
+        return moments.pieces(self.lm, sites, self.hp.moments)
 
     def _values(self, rows: ForgetRows, keep: list[Fact], sites: list[Site]) -> values.Values:
         kept = self.work.get("values")
@@ -211,7 +211,9 @@ class Flow:
             own = (right * problem.keys).sum(-1, keepdim=True)
             answers[name] = right / own.clamp(min=LEAST_ANSWER)
         subjects = [f.subject for f in self.request.facts]
-        found = lookalikes.find(self.lm, answers, sites, self._text(), subjects, hp.lookalikes, warn=self.console.warn)
+        found = lookalikes.find(
+            self.lm, answers, sites, self._text(sites), subjects, hp.lookalikes, warn=self.console.warn
+        )
         return {name: torch.cat([kept[name], more]) if name in kept else more for name, more in found.items()}
 
     def _refine(

@@ -16,6 +16,7 @@ from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.batching import by_length, chunks
 from editunlearn.lm.fingerprint import model_fingerprint
+from editunlearn.numerics import solve
 from editunlearn.numerics.moments import SecondMoment
 from editunlearn.workspace import Workspace
 
@@ -42,13 +43,14 @@ def tokenizer_hash(lm: LM) -> str:
     return hashlib.sha256(repr((list(ids), len(lm.tokenizer), template)).encode()).hexdigest()[:16]
 
 
-def pieces(lm: LM, hp: Moments) -> list[list[int]]:
-    """The text as windows of token ids.
+def pieces(lm: LM, sites: Sequence[Site], hp: Moments) -> list[list[int]]:
+    """The text as windows of token ids, as many as the widest of ``sites`` asks for.
 
     Raises:
         InputError: it has no tokens at all.
     """
-    found = list(windows(lm, documents(hp.text), hp.length, hp.tokens))
+    widest = max(lm.layout.read_weight(lm.model, s.name).shape[1] for s in sites)
+    found = list(windows(lm, documents(hp.text), hp.length, hp.budget(widest)))
     if not found:
         raise InputError(f"moments.text: {hp.text!r} has no text in it.")
     return found
@@ -79,7 +81,7 @@ def get(
         InputError: the text has no tokens at all.
         NumericalError: a moment is not finite.
     """
-    windows_of_text = pieces(lm, hp)
+    windows_of_text = pieces(lm, sites, hp)
     inputs = {
         "model": model_fingerprint(lm),
         "dtype": str(lm.dtype),
@@ -135,6 +137,14 @@ def _batches(pieces: Sequence[list[int]]) -> list[list[list[int]]]:
     for near in chunks(pieces, SORTED):
         found += [[near[i] for i in part] for part in by_length([len(p) for p in near], WINDOWS * longest)]
     return found
+
+
+def change_of_solve(half: Tensor, whole: Tensor, keys: Tensor, weight: float) -> float:
+    """How far the recognisers of ``keys`` (n, d) with one moment are from those with another, relative (Frobenius)."""
+    one, other = (
+        solve.recognisers(keys, solve.factor(solve.preservation(moment, weight)), 1.0) for moment in (half, whole)
+    )
+    return float((one - other).norm() / other.norm())
 
 
 def warn_if_few(moments: dict[str, SiteMoment], tokens: int, warn: Callable[[str], None]) -> None:
