@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from editunlearn.evaluation import scoring
-from editunlearn.evaluation.metrics import begins_with, leaks, normalise, rate
+from editunlearn.evaluation.metrics.text import begins_with, leaks, normalise, rate
 from editunlearn.facts.records import Fact
 
 

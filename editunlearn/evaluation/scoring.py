@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editunlearn.evaluation.metrics import begins_with, leaks, rate
+from editunlearn.evaluation.metrics.text import begins_with, leaks, rate
 from editunlearn.facts.records import answers
 from editunlearn.facts.refusals import is_refusal
 from editunlearn.lm.generation import generate
