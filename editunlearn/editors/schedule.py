@@ -18,9 +18,17 @@ LEARNED = 2.0
 SHARE = 0.95
 """Share of the facts that must be learned before the steps get smaller; one that never is must not hold up the rest."""
 
-TAIL, LEAST_TAIL = 1.0, 15
-"""Steps that get smaller, relative to those before, and the fewest. What stays recovers in them: with a third as many
-as before, 40 facts were forgotten as well, but half as much again of the others was lost."""
+FULL = 0.8
+"""Rate until they are learned."""
+
+LEAST_TAIL = 15
+"""Fewest steps of the tail, which else has as many as were needed to learn. What stays recovers in it: with a third as
+many, 40 facts were forgotten as well, but half as much again of the others was lost."""
+
+
+def _cosine(way: float) -> float:
+    """Rate at a share of the way, 1 at its beginning."""
+    return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * way))
 
 
 class Schedule(Protocol):
@@ -51,7 +59,7 @@ class Given:
 
     def rate(self, step: int) -> float:
         """See :class:`Schedule`."""
-        return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * step / self.end))
+        return _cosine(step / self.end)
 
     def saw(self, step: int, facts: Sequence[int], loss: Tensor) -> None:
         """Does not matter here."""
@@ -65,7 +73,7 @@ class Given:
 
 
 class UntilLearned:
-    """Full steps until nearly all facts are learned, then a tail of ever smaller ones.
+    """Large steps until nearly all facts are learned, then as many that get smaller like the second half of a cosine.
 
     Args:
         facts: how many there are.
@@ -76,17 +84,17 @@ class UntilLearned:
     def __init__(self, facts: int, floor: float, most: int) -> None:
         self.enough, self.most = LEARNED * max(floor, 0.1), most
         self.latest = torch.full((facts,), torch.inf)
-        self.turn = max(0, min(round(most / (1 + TAIL)), most - LEAST_TAIL))
+        self.turn = max(0, min(most // 2, most - LEAST_TAIL))
         self.turned = False
 
     @property
     def end(self) -> int:
         """See :class:`Schedule`."""
-        return min(self.most, self.turn + max(LEAST_TAIL, round(TAIL * self.turn)))
+        return min(self.most, self.turn + max(LEAST_TAIL, self.turn))
 
     def rate(self, step: int) -> float:
         """See :class:`Schedule`."""
-        return 1.0 if step < self.turn else 1 - (1 - LAST_RATE) * (step - self.turn + 1) / (self.end - self.turn)
+        return FULL if step < self.turn else _cosine(0.5 + 0.5 * (step - self.turn) / (self.end - self.turn))
 
     def saw(self, step: int, facts: Sequence[int], loss: Tensor) -> None:
         """See :class:`Schedule`."""
