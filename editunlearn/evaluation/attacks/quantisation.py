@@ -1,0 +1,84 @@
+"""Quantisation: rounding the weights of an edited model can round the edit away (arXiv 2410.16454)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from editunlearn.deltas.arithmetic import merged_weight
+from editunlearn.errors import InputError
+from editunlearn.lm.weights import is_conv1d, read_weight
+from editunlearn.naming import did_you_mean
+from editunlearn.numerics.quantise import nf4, round_to_nearest
+
+if TYPE_CHECKING:
+    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.lm.loading import LM
+
+GROUP = 64
+"""Weights that share a scale at 4 bits, or the largest part of it that divides a row."""
+
+
+def _group(weight: Tensor) -> int:
+    return math.gcd(weight.shape[1], GROUP)
+
+
+def _to_bfloat16(weight: Tensor) -> Tensor:
+    return weight.to(torch.bfloat16).to(weight.dtype)
+
+
+SCHEMES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "bf16": _to_bfloat16,
+        "int8": partial(round_to_nearest, bits=8),
+        "int4": lambda weight: round_to_nearest(weight, 4, _group(weight)),
+        "nf4": lambda weight: nf4(weight, _group(weight)),
+    }
+)
+"""By name, how a weight (out, in) is rounded. Embeddings and the output head stay as they are, as in bitsandbytes."""
+
+
+@contextmanager
+def quantised(lm: LM, scheme: str, delta: LowRankDelta | None = None) -> Iterator[None]:
+    """The model with ``delta`` merged and the linear maps of its blocks rounded; restored bit-exactly at the end.
+
+    Raises:
+        InputError: an unknown scheme.
+        UnsupportedError: the model is quantised already.
+    """
+    if scheme not in SCHEMES:
+        hint = did_you_mean(scheme, SCHEMES)
+        raise InputError(f"unknown quantisation {scheme!r}.{hint} Schemes: {', '.join(SCHEMES)}.")
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for name in linear_maps(lm):
+                weight = read_weight(lm.model, name)
+                kept.append((weight, weight.clone()))
+                merged = weight
+                if delta is not None and name in delta.factors:
+                    factors = delta.factors[name]
+                    merged = merged_weight(weight, factors.left, factors.right)
+                weight.copy_(SCHEMES[scheme](merged))
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in kept:
+                weight.copy_(old)
+
+
+def linear_maps(lm: LM) -> list[str]:
+    """Names of the linear maps of all blocks."""
+    blocks = lm.layout.module(lm.model, lm.layout.blocks)
+    return [
+        f"{lm.layout.blocks}.{name}"
+        for name, child in blocks.named_modules()
+        if isinstance(child, nn.Linear) or is_conv1d(child)
+    ]
