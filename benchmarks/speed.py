@@ -10,52 +10,28 @@ facts, steps and tokens, since its cost is the same for each.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import literal
 import torch
+from measuring import apart, counted, listed, rates, table, timed
 from torch import Tensor
 
-from editunlearn.artifacts import atomic_write_json
+from editunlearn.artifacts import atomic_write_json, atomic_write_text
 from editunlearn.console import Console
 from editunlearn.numerics.moments import SecondMoment
 
-T = TypeVar("T")
 CPU = torch.device("cpu")
 LAYERS = [4, 5, 6, 7, 8]
 STAGES = ("statistics", "values", "solve", "null_space", "insertion", "end_to_end")
 THRESHOLD = 0.02
 """AlphaEdit's, absolute."""
 TARGET = "refusal:I don't know."
-
-
-def seconds(device: torch.device) -> float:
-    """A clock: CPU seconds of this process, or wall seconds once a GPU has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
-
-
-def timed(device: torch.device, run: Callable[[], T], repeats: int = 1) -> tuple[float, T]:
-    """Median seconds, and what the last call returned."""
-    spent = []
-    for _ in range(repeats):
-        start = seconds(device)
-        result = run()
-        spent.append(seconds(device) - start)
-    return sorted(spent)[len(spent) // 2], result
-
-
-def apart(ours: Tensor, theirs: Tensor) -> float:
-    """Relative difference (Frobenius)."""
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @dataclass
@@ -88,14 +64,22 @@ class Bench:
         self.block = self.fast.layout.block_name(LAYERS[-1])
 
     def note(self, stage: str, literal_seconds: float, our_seconds: float, unit: str, **more: Any) -> None:
-        """Keep and print one comparison; ``unit`` says what the seconds are of."""
+        """Keep and print one comparison; ``unit`` says what the seconds are of.
+
+        ``flop``: how many floating-point operations ours took in that unit; then the share of the machine's own rate.
+        """
         line = {"unit": unit, "literal": literal_seconds, "ours": our_seconds, "ratio": literal_seconds / our_seconds}
+        if "flop" in more:
+            more["share_of_machine"] = more["flop"] / our_seconds / self.found["machine"]["product_flop_per_second"]
         self.found[stage] = {**line, **more}
-        rest = "; ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items())
-        sys.stdout.write(
-            f"{stage}: {literal_seconds:.4g} -> {our_seconds:.4g} {unit}, {line['ratio']:.1f} times; {rest}\n"
-        )
+        spent = f"{literal_seconds:.4g} -> {our_seconds:.4g} {unit}, {line['ratio']:.1f} times"
+        sys.stdout.write(f"{stage}: {spent}; {listed(more)}\n")
         sys.stdout.flush()
+
+    def machine(self) -> None:
+        """The limits to compare with."""
+        self.found["machine"] = rates(self.fast.device, self.fast.dtype)
+        sys.stdout.write("machine: " + listed(self.found["machine"]) + "\n")
 
     # --- stages
 
@@ -118,10 +102,12 @@ class Bench:
             self.slow, self.problems[:few], [self.block], v.model_copy(update={"steps": steps}), tokens=self.args.tokens
         )
         difference = apart(same.change[:, 0], torch.stack([change for _, change, _ in old]))
-        ours, _ = timed(
-            self.fast.device,
-            lambda: values.optimise(self.fast, self.problems, [self.block], v, tokens=self.args.tokens),
-        )
+
+        def quickly(settings: Any = v) -> Any:
+            return values.optimise(self.fast, self.problems, [self.block], settings, tokens=self.args.tokens)
+
+        ours, _ = timed(self.fast.device, quickly)
+        once, twice = (v.model_copy(update={"steps": steps}) for steps in (1, 2))
         self.note(
             "values",
             theirs / few / steps,
@@ -129,6 +115,7 @@ class Bench:
             "s per fact and step",
             facts=len(self.problems),
             change_apart_in_float32=difference,
+            flop=(counted(lambda: quickly(twice)) - counted(lambda: quickly(once))) / len(self.problems),
         )
 
     def statistics(self) -> None:
@@ -152,6 +139,7 @@ class Bench:
             ours / sum(map(len, windows)),
             "s per token, five layers",
             tokens=sum(map(len, windows)),
+            flop=counted(lambda: statistics.add_windows(self.fast, self.sites, {}, here)) / sum(map(len, here)),
             moment_apart_in_own_precision=max(apart(rounded[n].mean(), exact[n]) for n in names),
         )
 
@@ -272,10 +260,12 @@ def main() -> None:
     p.add_argument("--out", type=Path)
     args = p.parse_args()
     bench = Bench(args, load("demo", dtype="float32"), load("demo", dtype="bfloat16"))
-    for stage in args.stages:
+    for stage in ("machine", *args.stages):
         getattr(bench, stage)()
     if args.out:
-        atomic_write_json(args.out, {"environment": dict(environment()), "stages": bench.found})
+        command = "OMP_NUM_THREADS=1 " + shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
+        atomic_write_json(args.out, {"command": command, "environment": dict(environment()), "stages": bench.found})
+        atomic_write_text(args.out.with_suffix(".md"), table(command, dict(environment()), bench.found))
 
 
 if __name__ == "__main__":
