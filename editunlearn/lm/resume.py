@@ -217,6 +217,21 @@ def _fed(block: nn.Module, hidden: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def skipping(lm: LM, numbers: Sequence[int]) -> Iterator[None]:
+    """The blocks ``numbers`` hand on what they get."""
+    blocks, outputs = _blocks(lm), list[object]()
+    handle = blocks[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        with torch.no_grad(), before_head(lm.head, torch.ones(1, 1, dtype=torch.bool)):
+            lm.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=lm.device), use_cache=False)
+    finally:
+        handle.remove()
+    count = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
+    with stack([_passing(blocks[i], count) for i in numbers]):
+        yield
+
+
 @torch.no_grad()
 def resumable(lm: LM, row: Row, first: int) -> str:
     """ "" when resuming ``row`` at block ``first`` ends like a whole pass, else why it does not."""
