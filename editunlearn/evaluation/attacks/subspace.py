@@ -1,0 +1,57 @@
+"""Subspace attack: take out of the edited outputs the few directions that the edit writes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from editunlearn.errors import InputError
+from editunlearn.lm.hooks import on_output, stack
+
+if TYPE_CHECKING:
+    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.lm.loading import LM
+
+
+def written_directions(left: Tensor, right: Tensor, count: int) -> Tensor:
+    """The ``count`` largest left singular vectors of ``left @ right``, (d_out, <= count), without forming it.
+
+    Args:
+        left: (d_out, r). right: (r, d_in).
+    """
+    outer, inner = torch.linalg.qr(left.double())
+    u, values, _ = torch.linalg.svd(inner @ torch.linalg.qr(right.double().T)[1].T)
+    held = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
+    found: Tensor = (outer @ u[:, : min(count, held)]).float()
+    return found
+
+
+@contextmanager
+def ablated(lm: LM, delta: LowRankDelta, count: int = 1) -> Iterator[None]:
+    """The model with ``delta`` applied and its ``count`` strongest written directions taken out at each edited module.
+
+    Somebody who has the merged model alone can find such directions from what forgotten prompts have in common; here
+    they are taken from the delta, which is the most that can be found.
+
+    Raises:
+        InputError: no directions.
+    """
+    if count < 1:
+        raise InputError(f"subspace attack with {count} directions; at least 1.")
+
+    def without(basis: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        def change(_inputs: Tensor, output: Tensor) -> Tensor:
+            wide, here = output.float(), basis.to(output.device)
+            return (wide - (wide @ here) @ here.T).to(output.dtype)
+
+        return change
+
+    bases = {name: written_directions(f.left, f.right, count) for name, f in delta.factors.items()}
+    with delta.applied(lm):
+        hooks = [on_output(lm.layout.module(lm.model, name), without(basis)) for name, basis in bases.items()]
+        with stack(hooks):
+            yield
