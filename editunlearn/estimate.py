@@ -155,7 +155,7 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
     forget = min(facts, r.forget_batch) * r.contexts
     keep, text = r.retain_batch * 2, r.text_batch * r.text_length
     trained = 2 * cost(forget * row + r.retain_batch * 16 + text, forget * target + keep + text)
-    return r.most(facts) * (trained + (keep + text) * cost.logits)
+    return r.planned(facts) * (trained + (keep + text) * cost.logits)
 
 
 def memory(model: Any, hp: EditorHParams, dtype: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:

@@ -161,8 +161,8 @@ class NullSpace(Piece):
     )
 
 
-MOST_STEPS, STEPS_PER_FACT = 100, 5
-"""Steps of refine at most when they are ``auto``: the more facts there are to tell apart, the more."""
+LEAST_STEPS, STEPS_PER_FACT = 40, 5
+"""Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
 
 
 class Refine(Piece):
@@ -170,8 +170,8 @@ class Refine(Piece):
 
     steps: Steps = Field(
         default="auto",
-        description="Updates of Adam; auto: until nearly all facts are learned and then as many again, at most "
-        f"{MOST_STEPS}, or {STEPS_PER_FACT} a fact less 60 if more.",
+        description=f"Updates of Adam; auto: {LEAST_STEPS}, or {STEPS_PER_FACT} a fact less {2 * LEAST_STEPS} if more, "
+        "and up to as many again while facts are not learned.",
     )
     lr: Real = Field(
         default=0.05,
@@ -190,11 +190,15 @@ class Refine(Piece):
         default=1024, ge=1, description="Tokens in memory at a time; changes memory, not results."
     )
 
-    def most(self, facts: int) -> int:
-        """Updates at most for that many facts to forget."""
+    def planned(self, facts: int) -> int:
+        """Updates for that many facts to forget."""
         if self.steps == "auto":
-            return max(MOST_STEPS, STEPS_PER_FACT * facts - 60)
+            return max(LEAST_STEPS, STEPS_PER_FACT * facts - 2 * LEAST_STEPS)
         return self.steps
+
+    def most(self, facts: int) -> int:
+        """Updates at most."""
+        return 2 * self.planned(facts) if self.steps == "auto" else self.steps
 
 
 class EditorHParams(Piece):

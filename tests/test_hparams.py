@@ -166,7 +166,7 @@ def test_tokens_of_the_second_moment() -> None:
 
 def test_what_refine_has() -> None:
     auto = load_hparams("memit").refine
-    assert auto is not None and [auto.most(n) for n in (1, 20, 22, 1000)] == [100, 100, 100, 4940]
+    assert auto is not None and [auto.most(n) for n in (1, 20, 22, 1000)] == [80, 80, 80, 9840]
     assert "it must be auto, or" in problem("memit", set=["refine.steps=many"])
     refine = load_hparams("memit", set=["refine={steps: 3, text_kl: 0, floor: 0, contexts: 1}"]).refine
     assert refine is not None and (refine.steps, refine.text_kl, refine.floor, refine.contexts) == (3, 0, 0, 1)

@@ -118,33 +118,35 @@ def run_of(schedule: Schedule, learned_at: int, facts: int = 20) -> list[float]:
     return rates
 
 
-def test_full_steps_until_the_facts_are_learned() -> None:
-    rates = run_of(UntilLearned(20, 0.6, 100), 40)
-    assert len(rates) == 80 and rates[:40] == [0.8] * 40
-    assert rates[40:] == sorted(rates[40:], reverse=True) and rates[40] < 0.53 and rates[-1] < 0.06
-    assert len(run_of(UntilLearned(20, 0.6, 100), 1)) == 16
-    late = run_of(UntilLearned(20, 0.6, 100), 70)  # too late: the tail has begun
-    assert len(late) == len(run_of(UntilLearned(20, 0.6, 100), 1000)) == 100 and late[49] == 0.8 > late[51]
-    assert len(run_of(UntilLearned(19, 0.6, 100), 10, facts=19)) == 100  # one of nineteen is too many
-    given = run_of(Given(30), 1)
-    assert len(given) == 30 and given[0] == 1.0 and given == sorted(given, reverse=True)
+def auto(facts: int = 20) -> UntilLearned:
+    return UntilLearned(facts, 0.6, 40, 80)
 
 
-@pytest.mark.parametrize("at", [3, 18, 25])
+def test_more_steps_while_facts_are_not_learned() -> None:
+    cosine = run_of(Given(40), 1)
+    assert len(cosine) == 40 and cosine[0] == 1.0 and cosine == sorted(cosine, reverse=True)
+    assert run_of(auto(), 1) == run_of(auto(), 40) == cosine
+    longer = run_of(auto(), 41)
+    assert longer[:40] == cosine and len(longer) == 60 and 0.5 < longer[40] < 0.53 and longer[-1] < 0.06
+    assert len(run_of(auto(), 61)) == len(run_of(auto(), 1000)) == 80
+    assert len(run_of(auto(19), 10, facts=19)) == 80  # one of nineteen is too many
+
+
+@pytest.mark.parametrize("at", [3, 40, 45])
 def test_a_schedule_goes_on_where_it_stopped(at: int) -> None:
-    interrupted, resumed = UntilLearned(20, 0.6, 100), UntilLearned(20, 0.6, 100)
+    interrupted, resumed = auto(), auto()
 
     def sees(schedule: UntilLearned, steps: range) -> list[float]:
         rates = []
         for step in steps:
             rates.append(schedule.rate(step))
-            schedule.saw(step, [step % 20], torch.tensor([0.5]))
+            schedule.saw(step, [step % 20], torch.tensor([0.5 if step > 25 else 9.0]))
         return rates
 
     before = sees(interrupted, range(at))
     resumed.load(interrupted.state())
-    assert before + sees(resumed, range(at, 30)) == sees(UntilLearned(20, 0.6, 100), range(30))
-    assert resumed.turn == 19  # 19 of 20 facts
+    assert before + sees(resumed, range(at, 60)) == sees(auto(), range(60))
+    assert (resumed.begin, resumed.end) == (40, 60)
 
 
 def test_largest_of_each_group() -> None:
@@ -194,7 +196,7 @@ def test_what_refine_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
     own, others, known, strangers = (len(pool) for pool in seen["goals"].retain)
     assert (own, known) == (1, 2)  # unknown facts count
     assert (others, strangers) == (2 * 3, 2 * 3)  # two prompts with each of three other names
-    assert seen["reports"] == seen["expected"] <= 100
+    assert seen["reports"] == seen["expected"] <= 80
 
 
 @pytest.mark.parametrize(("pool", "number"), [("kl", 1), ("text_kl", 2)])

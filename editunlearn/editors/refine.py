@@ -122,8 +122,8 @@ def refine(
         return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
 
     facts = len(goals.forget)
-    most = hp.most(facts)
-    schedule: Schedule = UntilLearned(facts, hp.floor, most) if hp.steps == "auto" else Given(most)
+    planned, most = hp.planned(facts), hp.most(facts)
+    schedule: Schedule = UntilLearned(facts, hp.floor, planned, most) if hp.steps == "auto" else Given(planned)
     if work is not None and (kept_state := work.get("refine")):
         optimiser.load(kept_state)
         schedule.load(kept_state)
