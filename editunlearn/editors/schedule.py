@@ -12,7 +12,7 @@ from torch import Tensor
 LAST_RATE = 0.05
 """Rate of the last step, relative to the first."""
 
-LEARNED = 3.0
+LEARNED = 5.0
 """A fact is learned when its loss (mean over tokens plus the largest) is at most this times the floor."""
 
 SHARE = 0.95
