@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,11 @@ STEADY = 1e7
 """How far the inverse of ``C`` may be from that of its mean eigenvalue for updates to be exact enough."""
 
 Derived = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+
+
+def made_anew(_name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What is derived from a moment that has no cache."""
+    return make()
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class SiteProblem:
     moment: Tensor | None
     retain: Tensor
     past: Tensor
-    derived: Derived = field(default=lambda _name, make: make())
+    derived: Derived = made_anew
 
 
 def preserved(problem: SiteProblem, hp: EditorHParams) -> solve.Preserved:

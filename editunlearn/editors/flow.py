@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from editunlearn.editors import contexts, keys, lookalikes, moments, spread, values
-from editunlearn.editors.closed_form import SiteProblem
+from editunlearn.editors.closed_form import SiteProblem, made_anew
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.refine import LEAST_ANSWER, Goals, low_rank_hook, refine, step_units
 from editunlearn.editors.statistics import windows
@@ -182,7 +182,7 @@ class Flow:
             moment=measured.moment if measured is not None else None,
             retain=kept.get(site.name, raw[:0]),
             past=self.past.keys.get(site.name, raw[:0]),
-            derived=measured.derived if measured is not None else lambda _name, make: make(),
+            derived=measured.derived if measured is not None else made_anew,
         )
 
     def _solved(self, site: Site, problem: SiteProblem) -> Pair:
@@ -222,11 +222,11 @@ class Flow:
         hp = self.hp.refine
         assert hp is not None  # noqa: S101 - the caller checked
         text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
-        steps = hp.most(len(self.request.facts))
-        budget = hp.text_length * hp.text_batch * steps
+        facts = len(self.request.facts)
+        budget = hp.text_length * hp.text_batch * hp.most(facts)
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
         goals = Goals(rows.targets, self._prompts_to_keep(keep), pieces)
-        with self.console.progress(steps, "refine (steps)") as bar:
+        with self.console.progress(hp.planned(facts), "refine (steps)") as bar:
 
             def report(step: int, expected: int, nll: float, kept: float, generic: float) -> None:
                 bar.expect(expected)

@@ -59,12 +59,12 @@ class Gradient:
 def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, floor: float) -> Tensor:
     """NLL of the targets, mean over tokens plus the largest; its weighted gradient is put on the left factors.
 
-    Returns:
-        Mean over its rows for each fact, (facts,) float32.
-
     One token that is not the likeliest sends greedy decoding astray, however well the others are learned. A row's
     weight is its excess over the floor relative to the mean excess: most facts are done long before the last, and what
     counts is that none is left.
+
+    Returns:
+        Mean over its rows for each fact, (facts,) float32.
     """
     rows = [row for fact in facts for row in fact]
     shares = [1 / (len(fact) * len(facts)) for fact in facts for _ in fact]
