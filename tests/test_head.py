@@ -49,6 +49,14 @@ def test_losses_and_gradients_are_those_of_the_whole_logits(kind: str, rows: int
     torch.testing.assert_close(head.kl(hidden, hidden), torch.zeros(8), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gptj"])
+def test_the_likeliest_token_of_each_state(kind: str) -> None:
+    lm = tiny.lm(kind)
+    head, hidden = Head(lm), states(lm, 5, 0)
+    head.rows = 2
+    assert torch.equal(head.likeliest(hidden), logits_of(lm, hidden).argmax(-1))
+
+
 def test_what_a_model_does_to_its_logits_is_not_left_out() -> None:
     assert Head(tiny.lm("llama")).plain and Head(tiny.lm("gemma3_text")).plain
     assert not Head(tiny.lm("gemma2")).plain  # soft cap

@@ -16,7 +16,7 @@ from editunlearn.console import Console
 from editunlearn.editors import flow, made_up, objective, refine
 from editunlearn.editors.column_adam import ColumnAdam
 from editunlearn.editors.refine import low_rank_hook, step_units
-from editunlearn.editors.schedule import Given, Schedule, UntilLearned
+from editunlearn.editors.schedule import Schedule
 from editunlearn.hparams import load_hparams
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import on_output
@@ -106,47 +106,49 @@ def test_rows_count_by_what_they_still_lack(monkeypatch: pytest.MonkeyPatch, mos
     torch.testing.assert_close(left.grad, wanted, rtol=1e-3, atol=1e-7)
 
 
-def run_of(schedule: Schedule, learned_at: int, facts: int = 20) -> list[float]:
-    """Rates of a run in which one fact is never learned and the others are after ``learned_at`` steps."""
+def run_of(schedule: Schedule, learned_at: int) -> list[float]:
+    """Rates of a run in which the facts are learned after ``learned_at`` steps."""
     rates: list[float] = []
     while len(rates) < schedule.end:
-        step = len(rates)
-        rates.append(schedule.rate(step))
-        loss = torch.full((facts,), 0.5 if step + 1 >= learned_at else 9.0)
-        loss[0] = 9.0
-        schedule.saw(step, range(facts), loss)
+        rates.append(schedule.rate(len(rates)))
+        if schedule.may_grow(len(rates)) and len(rates) < learned_at:
+            schedule.grow()
     return rates
 
 
-def auto(facts: int = 20) -> UntilLearned:
-    return UntilLearned(facts, 0.6, 40, 80)
-
-
 def test_more_steps_while_facts_are_not_learned() -> None:
-    cosine = run_of(Given(40), 1)
+    cosine = run_of(Schedule(40, 40), 1000)
     assert len(cosine) == 40 and cosine[0] == 1.0 and cosine == sorted(cosine, reverse=True)
-    assert run_of(auto(), 1) == run_of(auto(), 40) == cosine
-    longer = run_of(auto(), 41)
+    assert run_of(Schedule(40, 80), 1) == run_of(Schedule(40, 80), 40) == cosine
+    longer = run_of(Schedule(40, 80), 41)
     assert longer[:40] == cosine and len(longer) == 60 and 0.5 < longer[40] < 0.53 and longer[-1] < 0.06
-    assert len(run_of(auto(), 61)) == len(run_of(auto(), 1000)) == 80
-    assert len(run_of(auto(19), 10, facts=19)) == 80  # one of nineteen is too many
+    assert len(run_of(Schedule(40, 80), 61)) == len(run_of(Schedule(40, 80), 1000)) == 80
+    assert len(run_of(Schedule(1, 2), 1000)) == 2
 
 
-@pytest.mark.parametrize("at", [3, 40, 45])
-def test_a_schedule_goes_on_where_it_stopped(at: int) -> None:
-    interrupted, resumed = auto(), auto()
-
-    def sees(schedule: UntilLearned, steps: range) -> list[float]:
-        rates = []
-        for step in steps:
-            rates.append(schedule.rate(step))
-            schedule.saw(step, [step % 20], torch.tensor([0.5 if step > 25 else 9.0]))
-        return rates
-
-    before = sees(interrupted, range(at))
+def test_a_schedule_goes_on_where_it_stopped() -> None:
+    interrupted, resumed = Schedule(40, 80), Schedule(40, 80)
+    interrupted.grow()
     resumed.load(interrupted.state())
-    assert before + sees(resumed, range(at, 60)) == sees(auto(), range(60))
-    assert (resumed.begin, resumed.end) == (40, 60)
+    assert [resumed.rate(step) for step in range(40, 60)] == run_of(Schedule(40, 80), 41)[40:]
+    assert resumed.may_grow(60) and not resumed.may_grow(59)
+
+
+def test_a_row_is_learned_when_greedy_decoding_gives_its_target() -> None:
+    lm, warnings = tiny.lm("gemma2"), list[str]()
+    rows = []
+    for start in ((5, 6, 7), (3, 4), (9, 8, 7, 6)):
+        ids = list(start)
+        for _ in range(3):
+            ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        rows.append(Row(tuple(ids), 0, len(start)))
+    gradient = objective.Gradient({}, 10, warnings.append)
+    assert objective.learned(Head(lm), rows, gradient) == 1.0
+    for place in (-1, -3):  # the last and the first token of the target
+        ids = list(rows[0].ids)
+        ids[place] = (ids[place] + 1) % 20
+        assert objective.learned(Head(lm), [Row(tuple(ids), 0, 3), *rows[1:]], gradient) == 2 / 3
+    assert not warnings
 
 
 def test_largest_of_each_group() -> None:
@@ -225,7 +227,7 @@ def test_a_pool_is_gone_through_before_anything_comes_twice(text: str) -> None:
     assert all(len(d) == 3 for d in drawn)
     flat = [i for d in drawn for i in d]
     assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, 56, 7))
-    assert draw.forget() == ([], []) and draw.text() == []
+    assert draw.forget() == [] and draw.text() == []
     sizes = (4, 1, 100)
     several = refine._Draw(refine.Goals([], [[], *([None] * n for n in sizes)], []), hp, 0)  # type: ignore[list-item]
     for _ in range(9):

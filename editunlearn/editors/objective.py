@@ -91,6 +91,21 @@ def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, 
     return losses.mean_by(found, torch.tensor(owner, device=lm.device), len(facts))
 
 
+@torch.no_grad()
+def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
+    """Share of the rows whose whole target greedy decoding would give, between 0 and 1."""
+    lm, right = head.lm, 0
+
+    def run(part: Sequence[int]) -> None:
+        nonlocal right
+        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
+        wrong = head.likeliest(hidden_at_targets(lm, padded)) != padded.labels
+        right += int((losses.largest_by(wrong.float(), padded.owners, len(part)) == 0).sum())
+
+    gradient.over(rows, run)
+    return right / len(rows)
+
+
 class Keep:
     """Prompts or text whose next-token distributions are to stay those of the unedited model.
 

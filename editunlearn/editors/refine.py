@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from editunlearn.editors.column_adam import ColumnAdam
-from editunlearn.editors.objective import Gradient, Keep, forget_loss
-from editunlearn.editors.schedule import Given, Schedule, UntilLearned
+from editunlearn.editors.objective import Gradient, Keep, forget_loss, learned
+from editunlearn.editors.schedule import Schedule
 from editunlearn.errors import NumericalError
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import on_output, stack
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 CHECKPOINT = 5
 """Steps between two states that an interrupted run can go on from."""
+
+SHARE = 0.95
+"""Share of the prompts that must be answered with the target; one that never is must not hold up the rest."""
 
 LEAST_ANSWER = 1e-3
 """A recogniser's answer to its own key counts as at least this, so that a dead one does not take endless steps."""
@@ -94,7 +97,8 @@ def refine(
 
     Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
     facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
-    Adam on all left factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end.
+    Adam on all left factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end. There the
+    facts are tried: while greedy decoding would not give the target at nearly all prompts, steps are added.
 
     Args:
         units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
@@ -121,9 +125,7 @@ def refine(
         hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
         return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
 
-    facts = len(goals.forget)
-    planned, most = hp.planned(facts), hp.most(facts)
-    schedule: Schedule = UntilLearned(facts, hp.floor, planned, most) if hp.steps == "auto" else Given(planned)
+    schedule = Schedule(hp.planned(len(goals.forget)), hp.most(len(goals.forget)))
     if work is not None and (kept_state := work.get("refine")):
         optimiser.load(kept_state)
         schedule.load(kept_state)
@@ -131,7 +133,7 @@ def refine(
     already(start)
     step = 0
     while step < max(start, schedule.end):
-        chosen, forget = draw.forget()
+        forget = draw.forget()
         kept_rows, text_rows = draw.retain(), draw.text()
         step += 1
         if step <= start:
@@ -146,7 +148,11 @@ def refine(
         if not all(map(math.isfinite, (loss, kept, text))):
             raise NumericalError(f"refine: the loss at step {step} is not finite; try a smaller refine.lr")
         optimiser.step(hp.lr * schedule.rate(step - 1))
-        schedule.saw(step - 1, chosen, nll)
+        if schedule.may_grow(step):
+            with change():
+                share = learned(head, [row for fact in goals.forget for row in fact], gradient)
+            if share < SHARE:
+                schedule.grow()
         if work is not None and step % CHECKPOINT == 0:
             work.put("refine", {**optimiser.state(), **schedule.state()})
         report(step, schedule.end, loss, kept, text)
@@ -169,15 +175,14 @@ class _Draw:
             queue.extend(fresh)
         return [queue.pop(0) for _ in range(min(count, size))]
 
-    def forget(self) -> tuple[list[int], list[list[Row]]]:
-        """Numbers of the facts of the step, and for each its bare prompt and some of its prefixed ones."""
-        numbers = self._next("forget", len(self.goals.forget), self.hp.forget_batch)
+    def forget(self) -> list[list[Row]]:
+        """For each fact of the step its bare prompt and some of its prefixed ones."""
         chosen = []
-        for i in numbers:
+        for i in self._next("forget", len(self.goals.forget), self.hp.forget_batch):
             rows = list(self.goals.forget[i])
             others = self.random.sample(rows[1:], min(len(rows) - 1, self.hp.contexts - 1))
             chosen.append([rows[0], *others])
-        return numbers, chosen
+        return chosen
 
     def retain(self) -> list[int]:
         """Numbers of the prompts to keep, counted through all pools."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,14 @@ class Head:
         here = self._weight.device if self.plain else self.lm.device
         found: Tensor = _Fused.apply(self, hidden.to(here), labels.to(here), base.detach().to(here))  # type: ignore[no-untyped-call]
         return found.to(self.lm.device)
+
+    @torch.no_grad()
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """Token of the largest logit at each state before the head (n, width), (n,) long."""
+        here = self._weight.device if self.plain else self.lm.device
+        logits = self._product if self.plain else partial(logits_of, self.lm)
+        pieces = [logits(piece.to(here)).argmax(-1) for piece in torch.split(hidden, self.rows)]
+        return torch.cat([piece.to(self.lm.device) for piece in pieces])
 
     def _piece(self, hidden: Tensor, labels: Tensor, base: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         """Losses of a few rows and, if wanted, their gradient with respect to ``hidden``."""
