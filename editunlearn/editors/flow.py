@@ -244,6 +244,7 @@ class Flow:
                 work=self.work,
                 report=report,
                 already=bar.update,
+                tell=self.console.detail,
                 warn=self.console.warn,
             )
         return {name: (left[name], pair[1]) for name, pair in factors.items()}

@@ -91,6 +91,7 @@ def refine(
     work: Workspace | None = None,
     already: Callable[[int], None] = lambda _: None,
     report: Callable[[int, int, float, float, float], None] = lambda *_: None,
+    tell: Callable[[str], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
@@ -105,6 +106,7 @@ def refine(
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
         report: called with (step, steps expected, NLL, retain KL, text KL) after every step.
+        tell: called with a sentence when it is decided whether steps are added.
         warn: called with a sentence when a batch does not fit and is halved.
 
     Raises:
@@ -153,6 +155,7 @@ def refine(
                 share = learned(head, [row for fact in goals.forget for row in fact], gradient)
             if share < SHARE:
                 schedule.grow()
+            tell(f"refine: {share:.1%} of the prompts get their target after {step} steps; {schedule.end} in all")
         if work is not None and step % CHECKPOINT == 0:
             work.put("refine", {**optimiser.state(), **schedule.state()})
         report(step, schedule.end, loss, kept, text)
