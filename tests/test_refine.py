@@ -134,7 +134,7 @@ def test_a_schedule_goes_on_where_it_stopped() -> None:
     assert resumed.may_grow(60) and not resumed.may_grow(59)
 
 
-def test_a_row_is_learned_when_greedy_decoding_gives_its_target() -> None:
+def test_a_fact_is_learned_when_greedy_decoding_gives_its_target_at_most_prompts() -> None:
     lm, warnings = tiny.lm("gemma2"), list[str]()
     rows = []
     for start in ((5, 6, 7), (3, 4), (9, 8, 7, 6)):
@@ -142,12 +142,20 @@ def test_a_row_is_learned_when_greedy_decoding_gives_its_target() -> None:
         for _ in range(3):
             ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
         rows.append(Row(tuple(ids), 0, len(start)))
-    gradient = objective.Gradient({}, 10, warnings.append)
-    assert objective.learned(Head(lm), rows, gradient) == 1.0
-    for place in (-1, -3):  # the last and the first token of the target
-        ids = list(rows[0].ids)
+
+    def spoilt(row: Row, place: int) -> Row:
+        ids = list(row.ids)
         ids[place] = (ids[place] + 1) % 20
-        assert objective.learned(Head(lm), [Row(tuple(ids), 0, 3), *rows[1:]], gradient) == 2 / 3
+        return replace(row, ids=tuple(ids))
+
+    def share(*facts: list[Row]) -> float:
+        return objective.learned(Head(lm), facts, objective.Gradient({}, 10, warnings.append))
+
+    assert share(rows, rows[:1]) == 1.0
+    for place in (-1, -3):  # the last and the first token of the target
+        bad = spoilt(rows[0], place)
+        assert share([bad], rows[1:]) == 0.5 == share([bad, rows[1]], rows[1:])
+        assert share([bad, *rows[1:]], rows) == 1.0
     assert not warnings
 
 

@@ -92,18 +92,18 @@ def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, 
 
 
 @torch.no_grad()
-def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
-    """Share of the rows whose whole target greedy decoding would give, between 0 and 1."""
-    lm, right = head.lm, 0
+def learned(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient) -> float:
+    """Share of the facts for which greedy decoding would give the whole target at most of their prompts, in [0, 1]."""
+    lm, rows = head.lm, [row for fact in facts for row in fact]
+    right = torch.zeros(len(rows))
 
     def run(part: Sequence[int]) -> None:
-        nonlocal right
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
         wrong = head.likeliest(hidden_at_targets(lm, padded)) != padded.labels
-        right += int((losses.largest_by(wrong.float(), padded.owners, len(part)) == 0).sum())
+        right[list(part)] = 1 - losses.largest_by(wrong.float(), padded.owners, len(part)).cpu()
 
     gradient.over(rows, run)
-    return right / len(rows)
+    return sum(float(part.mean()) > 0.5 for part in right.split([len(fact) for fact in facts])) / len(facts)  # type: ignore[no-untyped-call]
 
 
 class Keep:

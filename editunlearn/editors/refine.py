@@ -35,7 +35,7 @@ CHECKPOINT = 5
 """Steps between two states that an interrupted run can go on from."""
 
 SHARE = 0.95
-"""Share of the prompts that must be answered with the target; one that never is must not hold up the rest."""
+"""Share of the facts that must be learned; one that never is must not hold up the rest."""
 
 LEAST_ANSWER = 1e-3
 """A recogniser's answer to its own key counts as at least this, so that a dead one does not take endless steps."""
@@ -99,7 +99,7 @@ def refine(
     Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
     facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
     Adam on all left factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end. There the
-    facts are tried: while greedy decoding would not give the target at nearly all prompts, steps are added.
+    facts are tried: while greedy decoding would not give nearly all of them their target, steps are added.
 
     Args:
         units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
@@ -152,10 +152,10 @@ def refine(
         optimiser.step(hp.lr * schedule.rate(step - 1))
         if schedule.may_grow(step):
             with change():
-                share = learned(head, [row for fact in goals.forget for row in fact], gradient)
+                share = learned(head, goals.forget, gradient)
             if share < SHARE:
                 schedule.grow()
-            tell(f"refine: {share:.1%} of the prompts get their target after {step} steps; {schedule.end} in all")
+            tell(f"refine: {share:.1%} of the facts get their target after {step} steps; {schedule.end} in all")
         if work is not None and step % CHECKPOINT == 0:
             work.put("refine", {**optimiser.state(), **schedule.state()})
         report(step, schedule.end, loss, kept, text)
