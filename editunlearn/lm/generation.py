@@ -19,7 +19,7 @@ PREFIX_SEEDS = ("The", "Therefore", "Because", "I", "You", "Yesterday", "In", "I
 """First words of the prefixes that the model continues (after ROME and MEMIT, with three more)."""
 
 
-def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 32) -> list[str]:
+def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 128) -> list[str]:
     """Greedy continuations, without special tokens, each ended by the model itself or after ``max_new_tokens``.
 
     Prompts are sorted by length into left-padded batches; the order of the results is that of ``prompts``.
