@@ -38,3 +38,16 @@ class StaleError(InputError):
 
 class NumericalError(EditUnlearnError):
     """A number that is not finite, or a system that cannot be solved; nothing was written."""
+
+
+class GateError(EditUnlearnError):
+    """Something that was required of the results is not so. The results are saved.
+
+    Args:
+        failed: one line for each requirement that is not met.
+    """
+
+    exit_code = 3
+
+    def __init__(self, failed: Iterable[str]) -> None:
+        super().__init__("\n".join(failed))

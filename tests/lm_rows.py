@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from editunlearn.lm.tokens import Prompt, Row, encode
+import torch
+from torch import Tensor
+
+from editunlearn.lm.head import Head, hidden_of
+from editunlearn.lm.tokens import Batch, Prompt, Row, encode
 
 TEXTS = (
     ("The capital of Japan is", "Japan", "Tokyo"),
@@ -25,3 +29,9 @@ def rows(lm: Any, target: bool = True) -> list[Row]:
 
 def prompts(lm: Any) -> list[Prompt]:
     return [plain(text, subject) for text, subject, _ in TEXTS]
+
+
+def target_logits(lm: Any, padded: Batch) -> Tensor:
+    """Logits that predict the target tokens, (number of them, vocabulary), in the order of the batch's labels."""
+    states = hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
+    return torch.cat([piece.clone() for piece in Head(lm).logits(states)])

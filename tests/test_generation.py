@@ -17,7 +17,7 @@ from editunlearn.lm import generation
 from editunlearn.lm.batching import by_length, chunks, halving, out_of_memory
 from editunlearn.lm.generation import context_prefixes, generate
 from editunlearn.lm.hooks import read_inputs
-from editunlearn.lm.likelihood import perplexity, score
+from editunlearn.lm.likelihood import perplexity, score, token_scores
 from editunlearn.lm.tokens import Prompt, Row, encode
 
 
@@ -84,6 +84,25 @@ def test_scores_equal_a_computation_by_hand(closed: bool) -> None:
         assert (found.tokens, found.greedy) == (tokens, greedy)
     assert score(lm, made)[0].greedy and not score(lm, made)[1].greedy
     assert score(lm, []) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_each_token_is_scored_under_the_models_own_distribution(kind: str) -> None:
+    lm, made, seen = tiny.lm(kind), rows(tiny.lm(kind)), list[int]()
+    for found, row in zip(token_scores(lm, made, spread=True, done=seen.append), made, strict=True):
+        with torch.no_grad():
+            log_p = lm.model(input_ids=torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
+        places = list(range(row.prompt_length, len(row.ids)))
+        own, p = log_p[[i - 1 for i in places]], log_p[[i - 1 for i in places]].exp()
+        mean = (p * own).sum(-1)
+        wanted = [own[k, row.ids[i]] for k, i in enumerate(places)]
+        torch.testing.assert_close(torch.tensor(found.log_p).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(found.mean).double(), mean, rtol=1e-4, atol=1e-4)
+        deviation = (p * (own - mean[:, None]) ** 2).sum(-1).sqrt()
+        torch.testing.assert_close(torch.tensor(found.deviation).double(), deviation, rtol=1e-3, atol=1e-4)
+        assert found.predicted == tuple(own.argmax(-1).tolist()) and found.gold == row.ids[row.prompt_length :]
+        assert math.isclose(found.loss, -float(torch.stack(wanted).mean()), rel_tol=1e-4)
+    assert sum(seen) == len(made) and token_scores(lm, made)[0].mean == ()
 
 
 def test_an_empty_target_has_no_tokens() -> None:

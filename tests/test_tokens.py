@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from lm_rows import TEXTS, plain, rows
+from lm_rows import TEXTS, plain, rows, target_logits
 
 from editunlearn.editors import keys
 from editunlearn.errors import InputError
 from editunlearn.lm.hooks import read_inputs
-from editunlearn.lm.likelihood import target_logits
 from editunlearn.lm.tokens import Prompt, batch, encode, encode_prompt, encode_target, wrap
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +19,18 @@ PREFIX_SEEDS = ("The", "Therefore", "Because", "I", "You", "Yesterday", "In", "I
 """First words of the prefixes that the model continues (after ROME and MEMIT, with three more)."""
 
 
-def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 128) -> list[str]:
+def generate(
+    lm: LM,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 128,
+    done: Callable[[int], None] = lambda _: None,
+) -> list[str]:
     """Greedy continuations, without special tokens, each ended by the model itself or after ``max_new_tokens``.
 
-    Prompts are sorted by length into left-padded batches; the order of the results is that of ``prompts``.
+    Prompts are sorted by length into left-padded batches; the order of the results is that of ``prompts``. ``done`` is
+    called with the number of prompts of every batch.
     """
     encoded = [encode_prompt(lm, p, "prompt_last")[0] for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
@@ -31,6 +39,7 @@ def generate(lm: LM, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, bat
     def run(part: Sequence[int]) -> None:
         for i, text in zip(part, _continue(lm, [encoded[i] for i in part], max_new_tokens), strict=True):
             texts[i] = text
+        done(len(part))
 
     halving(list(chunks(order, batch_size)), run, lambda _: None)
     return texts

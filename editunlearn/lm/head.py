@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,12 +64,15 @@ class Head:
         return found.to(self.lm.device)
 
     @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits of states before the head (n, width), in pieces (rows, vocabulary), each good until the next."""
+        here = self._weight.device if self.plain else self.lm.device
+        for piece in torch.split(hidden, self.rows):
+            yield (self._product(piece.to(here)) if self.plain else logits_of(self.lm, piece)).to(self.lm.device)
+
     def likeliest(self, hidden: Tensor) -> Tensor:
         """Token of the largest logit at each state before the head (n, width), (n,) long."""
-        here = self._weight.device if self.plain else self.lm.device
-        logits = self._product if self.plain else partial(logits_of, self.lm)
-        pieces = [logits(piece.to(here)).argmax(-1) for piece in torch.split(hidden, self.rows)]
-        return torch.cat([piece.to(self.lm.device) for piece in pieces])
+        return torch.cat([piece.argmax(-1) for piece in self.logits(hidden)])
 
     def _piece(self, hidden: Tensor, labels: Tensor, base: Tensor, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         """Losses of a few rows and, if wanted, their gradient with respect to ``hidden``."""

@@ -58,30 +58,6 @@ def on_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor | Non
 
 
 @contextmanager
-def at_scored_positions(head: nn.Module, scored: Tensor) -> Iterator[None]:
-    """Let the output head see only the ``scored`` positions: logits come out as (1, number scored, vocabulary).
-
-    The positions are in row-major order. The model's own code still does everything before and after the head
-    (soft caps, scaling), so nothing is computed twice or differently; only positions whose logits nobody reads are left
-    out.
-
-    Args:
-        head: the output embedding module, called with hidden states (batch, length, width).
-        scored: bool (batch, length).
-    """
-
-    def select(_module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-        hidden = first_tensor(args[0])
-        return (hidden[scored.to(hidden.device)][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def contiguous_input(head: nn.Module) -> Iterator[None]:
     """Give the output head a contiguous input.
 

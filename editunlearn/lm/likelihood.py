@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head, hidden_of
-from editunlearn.lm.hooks import at_scored_positions, first_tensor
-from editunlearn.lm.tokens import Batch, Row, batch
+from editunlearn.lm.tokens import Row, batch
 from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
@@ -37,33 +35,70 @@ class Likelihood:
     greedy: bool
 
 
-def target_logits(lm: LM, padded: Batch) -> Tensor:
-    """Logits that predict the target tokens of a batch, (number of target tokens, vocabulary)."""
-    with at_scored_positions(lm.head, padded.targets):
-        return first_tensor(lm.model(**padded.inputs, use_cache=False).logits).squeeze(0).to(lm.device)
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model finds of each target token of one row, the ones before it given.
+
+    Attributes:
+        log_p: natural logarithm of its probability.
+        predicted, gold: the likeliest token there, and the row's own.
+        mean, deviation: of the log-probability under the model's own distribution there; empty unless asked for.
+    """
+
+    log_p: tuple[float, ...]
+    predicted: tuple[int, ...]
+    gold: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, nats a token."""
+        return -sum(self.log_p) / len(self.log_p)
+
+    def without_last(self) -> TokenScores:
+        """Without the closing token."""
+        return TokenScores(*(part[:-1] for part in astuple(self)))
 
 
 @torch.no_grad()
+def token_scores(
+    lm: LM, rows: Sequence[Row], *, spread: bool = False, done: Callable[[int], None] = lambda _: None
+) -> list[TokenScores]:
+    """Each target token of each row, teacher-forced.
+
+    Args:
+        spread: find ``mean`` and ``deviation`` too.
+        done: called with the number of rows of every batch.
+    """
+    results: list[TokenScores | None] = [None] * len(rows)
+    head = Head(lm)
+
+    def run(part: Sequence[int]) -> None:
+        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
+        states = hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
+        pieces = []
+        for logits, labels in zip(head.logits(states), padded.labels.split(head.rows), strict=True):  # type: ignore[no-untyped-call]
+            found = [-losses.cross_entropy_and_gradient(logits, labels), logits.argmax(-1), labels]
+            pieces.append(found + list(losses.surprise(logits) if spread else ()))
+        columns = [torch.cat(column).tolist() for column in zip(*pieces, strict=True)]
+        ends = padded.owners.bincount(minlength=len(part)).cumsum(0).tolist()
+        for i, start, end in zip(part, [0, *ends], ends, strict=False):
+            results[i] = TokenScores(*(tuple(column[start:end]) for column in columns))
+        done(len(part))
+
+    halving(by_length([len(r.ids) for r in rows], SCORED_TOKENS), run, lambda _: None)
+    return [r for r in results if r is not None]
+
+
 def score(lm: LM, rows: Sequence[Row], *, closed: bool = True) -> list[Likelihood]:
     """Likelihood of the target part of each row.
 
     Args:
         closed: the rows end with a closing token, which is left out of the score.
     """
-    results: list[Likelihood | None] = [None] * len(rows)
-
-    def run(part: Sequence[int]) -> None:
-        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
-        logits = target_logits(lm, padded).float()
-        log_p = -losses.cross_entropy(logits, padded.labels)
-        best = logits.argmax(-1) == padded.labels
-        for k, i in enumerate(part):
-            mine = (padded.owners == k).nonzero()[:, 0]
-            mine = mine[:-1] if closed else mine
-            results[i] = Likelihood(float(log_p[mine].sum()), len(mine), bool(best[mine].all()))
-
-    halving(by_length([len(r.ids) for r in rows], SCORED_TOKENS), run, lambda _: None)
-    return [r for r in results if r is not None]
+    found = [t.without_last() if closed else t for t in token_scores(lm, rows)]
+    return [Likelihood(sum(t.log_p), len(t.log_p), t.predicted == t.gold) for t in found]
 
 
 @torch.no_grad()

@@ -67,6 +67,17 @@ def kl_and_gradient(base: Tensor, edited: Tensor, out: Tensor | None = None) -> 
     return loss
 
 
+def surprise(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the log-probability under each row's own distribution, both (n,) float32."""
+    mean, deviation = torch.empty(2, len(logits), device=logits.device)
+    for part in _pieces(logits):
+        log_p = _shifted(logits[part]).log_softmax(-1)
+        p = log_p.exp()
+        mean[part] = (p * log_p).sum(-1)
+        deviation[part] = (p * (log_p - mean[part, None]).square()).sum(-1).sqrt()
+    return mean, deviation
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ DEFINITIONS = (
         "rouge-score 0.1.2; recall, stemmed: TOFU, RWKU; F1: MUSE",
         "recall rewards long texts; a text that repeats everything scores high.",
     ),
+    Definition("exact_match", "lower", 0, 1, "the text is an answer, case, articles and punctuation apart", "SQuAD"),
+    Definition("word_f1", "lower", 0, 1, "F1 of the words of the text and of the nearest answer", "SQuAD"),
     Definition(
         "ngram_entropy",
         "higher",
@@ -140,6 +142,25 @@ def rouge_l(text: str, reference: str, *, kind: Literal["recall", "f1"] = "recal
 
     score = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem).score(reference, text)["rougeL"]
     return float(score.recall if kind == "recall" else score.fmeasure)
+
+
+def _content(text: str) -> list[str]:
+    return [word for word in normalise(text).split() if word not in ("a", "an", "the")]
+
+
+def exact_match(text: str, answers: Iterable[str]) -> bool:
+    """Whether ``text`` is one of the answers, articles, case and punctuation apart (SQuAD, TriviaQA)."""
+    return any(_content(text) == _content(answer) for answer in answers)
+
+
+def word_f1(text: str, answers: Iterable[str]) -> float:
+    """Harmonic mean of precision and recall of words, of the nearest answer (SQuAD, TriviaQA), [0, 1]."""
+    said, best = Counter(_content(text)), 0.0
+    for answer in answers:
+        own = Counter(_content(answer))
+        common = sum((said & own).values())
+        best = max(best, 2 * common / (said.total() + own.total()) if common else 0.0)
+    return best
 
 
 def ngram_entropy(text: str) -> float:

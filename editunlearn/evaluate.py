@@ -1,0 +1,297 @@
+"""Measure models and deltas with benchmarks: ``python -m editunlearn.evaluate --delta runs/memit --suite facts``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editunlearn.cli import (
+    Checks,
+    add_model_flags,
+    add_run_flags,
+    check_model,
+    check_writable,
+    console_of,
+    load_model,
+    parser,
+    run_command,
+)
+from editunlearn.errors import GateError, InputError
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
+    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.evaluation.gates import Gate
+    from editunlearn.evaluation.results import Measured
+    from editunlearn.evaluation.suites import Module
+    from editunlearn.lm.loading import LM
+
+EXAMPLES = """\
+  editunlearn evaluate --model demo --delta runs/memit --base --suite facts --facts forget.jsonl --retain keep.jsonl
+  editunlearn evaluate --delta runs/memit --suite facts:attacks --facts forget.jsonl --under int4
+  editunlearn evaluate --delta runs/memit --suite facts --facts forget.jsonl --require "leak_gen<=0.02"
+  editunlearn evaluate --model my/model --suite tofu:forget10 --reference retrained/results.json
+  editunlearn evaluate --delta runs/a --delta runs/b --suite "rwku:Stephen King" --data-root data/ --limit 50"""
+
+
+@dataclass(frozen=True)
+class State:
+    """A model as it is to be measured.
+
+    Attributes:
+        label: of its column, and of its folder.
+        delta: applied to the model, if any.
+        scheme: of quantisation, "" for none.
+    """
+
+    label: str
+    delta: LowRankDelta | None
+    scheme: str
+
+    def on(self, lm: LM) -> AbstractContextManager[Any]:
+        """The model is in this state inside."""
+        from editunlearn.evaluation.attacks.quantisation import quantised
+
+        if self.scheme:
+            return quantised(lm, self.scheme, self.delta)
+        return self.delta.applied(lm) if self.delta is not None else nullcontext()
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags."""
+    p = parser("evaluate", __doc__ or "", EXAMPLES)
+    p.add_argument("--suite", action="append", required=True, help="benchmark, NAME or NAME:WHICH; repeat for several")
+    p.add_argument("--delta", type=Path, action="append", default=[], metavar="DIR", help="a saved edit; repeatable")
+    p.add_argument("--base", action="store_true", help="measure the model without a delta, too")
+    p.add_argument(
+        "--under",
+        action="append",
+        default=[],
+        metavar="SCHEME",
+        help="rounded weights, too: bf16, int8, int4, nf4",
+    )
+    p.add_argument("--facts", help="what was to be forgotten, for the suite facts")
+    p.add_argument("--retain", help="what was to be kept, for the suite facts")
+    p.add_argument("--targets", help="what the edit was to say instead, as for apply")
+    p.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
+    p.add_argument("--limit", type=int, help="of each part, only the first so many items")
+    p.add_argument("--reference", type=Path, help="results of a model that was never trained on the forget set")
+    p.add_argument("--baseline", type=Path, help="results to be shown beside these")
+    p.add_argument("--require", action="append", default=[], metavar='"METRIC<=X"', help="exit with 3 if it is not so")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs/evaluate"), help="folder for results (default: runs/evaluate)"
+    )
+    p.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    add_model_flags(p, None, "the one that the first delta was made on, or demo")
+    add_run_flags(p)
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_command(_main, argv)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the flags ask for, checked.
+
+    Attributes:
+        suites: name -> its file and its data.
+        states: to be measured.
+        gates: that must be met.
+        reference, baseline: other results.
+        notes: what is left out.
+    """
+
+    suites: dict[str, tuple[Module, Any]]
+    states: list[State]
+    gates: list[Gate]
+    reference: Measured | None
+    baseline: dict[str, Any] | None
+    notes: list[str]
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """Check everything that can be checked without weights.
+
+    Raises:
+        InputError: everything that is wrong.
+    """
+    from editunlearn.evaluation import gates, results, suites
+    from editunlearn.evaluation.reference import load_reference
+
+    checks = Checks()
+    facts = checks.run(lambda: _facts(args)) or ((), ())
+    source = suites.Source(args.data_root, args.limit, *facts)
+    if args.limit is not None and args.limit < 1:
+        checks.run(lambda: _refuse(f"--limit {args.limit}: at least 1."))
+    found: dict[str, tuple[Module, Any]] = {}
+    for name in args.suite:
+        found_module = checks.run(lambda name=name: suites.module(name))  # type: ignore[misc]
+        if found_module is not None:
+            file, which = found_module
+            data = checks.run(lambda file=file, which=which: file.read(which, source))  # type: ignore[misc]
+            found[name] = (file, data)
+    deltas = _deltas(args, checks)
+    states = checks.run(lambda: list(_states(args, deltas))) or []
+    wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
+    reference = checks.run(lambda: load_reference(args.reference)) if args.reference else None
+    baseline = checks.run(lambda: results.load(args.baseline)[0]) if args.baseline else None
+    if args.model is None:
+        made_on = deltas[0].manifest.base if deltas else None
+        args.model, args.revision = (made_on.name, made_on.revision) if made_on else ("demo", args.revision)
+    checks.run(lambda: check_model(args))
+    checks.run(lambda: check_writable(args.out, "--out"))
+    checks.finish()
+    return Plan(found, states, [gate for gate in wanted if gate], reference, baseline, source.notes)
+
+
+def _refuse(message: str) -> None:
+    raise InputError(message)
+
+
+def _facts(args: argparse.Namespace) -> tuple[Any, Any]:
+    from editunlearn.facts.readers import load_facts
+    from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
+
+    if not any(name.partition(":")[0] == "facts" for name in args.suite):
+        return (), ()
+    if args.facts is None:
+        raise InputError("the suite facts needs --facts FILE.")
+    facts = load_facts(args.facts, data_root=args.data_root)
+    retain = load_facts(args.retain, data_root=args.data_root, conflicts="first") if args.retain else []
+    return fill_targets(facts, args.targets or DEFAULT_TARGETS, seed=0), retain
+
+
+def _deltas(args: argparse.Namespace, checks: Checks) -> list[LowRankDelta]:
+    from editunlearn.deltas.files import load
+
+    found = [checks.run(lambda folder=folder: load(folder)) for folder in args.delta]  # type: ignore[misc]
+    return [delta for delta in found if delta is not None]
+
+
+def _states(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> Iterator[State]:
+    from editunlearn.evaluation.attacks.quantisation import check_scheme
+
+    for scheme in args.under:
+        check_scheme(scheme)
+    names = [folder.resolve().name for folder in args.delta]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"--delta: two folders are named {twice[0]!r}; their results would go to one place.")
+    bare = [("base", None)] if args.base or not deltas else []
+    for label, delta in [*bare, *zip(names, deltas, strict=False)]:
+        yield State(label, delta, "")
+        for scheme in args.under:
+            yield State(f"{label}-{scheme}", delta, scheme)
+
+
+def _main(argv: Sequence[str]) -> None:
+    args = arguments(argv)
+    console = console_of(args)
+    made = plan(args)
+    labels = ", ".join(state.label for state in made.states)
+    console.info(f"suites: {', '.join(made.suites)}; measured: {labels}; out: {args.out}")
+    for note in made.notes:
+        console.info(f"note: {note}")
+    if args.dry_run:
+        console.info("Nothing was measured.")
+        console.result_json({"suites": list(made.suites), "states": [state.label for state in made.states]})
+        return
+    found = measure(args, made, console)
+    _show(found, made, console)
+    failed = [line for gate in made.gates for line in gate.failures(found)]
+    if failed:
+        raise GateError(failed)
+
+
+def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str, dict[str, Any]]:
+    """Measure every suite in every state: suite -> label -> what its results file holds."""
+    from editunlearn.deltas.files import check_base
+    from editunlearn.evaluation.running import Run
+
+    lm = load_model(args)
+    for state in made.states:
+        if state.delta is not None:
+            check_base(state.delta, lm)
+    suites = {
+        name: (file, file.parts(lm, _completed(lm, data, args, console))) for name, (file, data) in made.suites.items()
+    }
+    found: dict[str, dict[str, Any]] = {name: {} for name in suites}
+    for state in made.states:
+        with state.on(lm):
+            for name, (file, parts) in suites.items():
+                place = args.out / state.label / name.replace(":", "-").replace(" ", "_") / "results.json"
+                run = Run(place, _about(args, lm, name, state), made.reference, args.fresh)
+                found[name][state.label] = run.measure(lm, file, parts, console)
+    return found
+
+
+def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) -> Any:
+    """For the suite facts: known facts that no edit saw, and the text for the perplexity."""
+    from editunlearn.evaluation.suites.facts import Request
+    from editunlearn.facts.text import documents
+    from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.pipeline import general_facts
+
+    if not isinstance(data, Request):
+        return data
+    general = general_facts(lm, data.facts, data.retain, args.cache_dir or default_cache_dir(), console)
+    return replace(
+        data, heldout=general.heldout[: args.limit], text=list(documents("general", "heldout"))[: args.limit]
+    )
+
+
+def _about(args: argparse.Namespace, lm: LM, suite: str, state: State) -> dict[str, Any]:
+    from editunlearn import __version__
+    from editunlearn.lm.fingerprint import model_fingerprint
+    from editunlearn.pipeline import environment
+    from editunlearn.workspace import key_of
+
+    delta = state.delta.manifest if state.delta is not None else None
+    about = {
+        "label": state.label,
+        "suite": suite,
+        "model": lm.name,
+        "weights": model_fingerprint(lm),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "delta": {name: site.model_dump(mode="json") for name, site in delta.sites.items()} if delta else None,
+        "method": delta.method if delta else None,
+        "quantisation": state.scheme or None,
+        "limit": args.limit,
+    }
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    key = key_of({**about, "version": __version__})
+    return {**about, "key": key, "made": when, "environment": dict(environment())}
+
+
+def _show(found: dict[str, dict[str, Any]], made: Plan, console: Console) -> None:
+    for suite, by_label in found.items():
+        columns = {label: results["summary"] for label, results in by_label.items()}
+        if made.baseline is not None and made.baseline.get("suite") == suite:
+            columns = {"baseline": made.baseline["summary"], **columns}
+        names = list(dict.fromkeys(name for summary in columns.values() for name in summary))
+        rows = [[name, *(_cell(summary.get(name)) for summary in columns.values())] for name in names]
+        console.table(suite, ["metric", *columns], rows)
+        reasons = {name: v["reason"] for s in columns.values() for name, v in s.items() if v["reason"]}
+        for name, reason in reasons.items():
+            console.result(f"{name}: {reason}")
+    console.result_json({suite: {label: r["summary"] for label, r in by.items()} for suite, by in found.items()})
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if value is None or value["value"] is None:
+        return "-"
+    shown = f"{value['value']:.4g}"
+    return shown if value["low"] is None else f"{shown} [{value['low']:.3g}, {value['high']:.3g}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Requirements on results: ``leak_gen<=0.02``."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from editunlearn.errors import InputError
+from editunlearn.naming import did_you_mean
+
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
+    {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+)
+_GATE = re.compile(r"\s*([\w.+-]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
+BASE = "base"
+"""Label of the model without an edit, which no gate is about."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A metric must be on one side of a bound in every edited state.
+
+    Attributes:
+        metric: as in a summary, ``part.metric`` or a total.
+        sign: ``<=``, ``>=``, ``<`` or ``>``.
+        bound: to be met.
+    """
+
+    metric: str
+    sign: str
+    bound: float
+
+    def failures(self, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+        """One line for every state that does not meet it; what was not measured does not.
+
+        Args:
+            found: suite -> label -> results with a summary.
+
+        Raises:
+            InputError: no suite has such a metric.
+        """
+        names = {name for by_label in found.values() for results in by_label.values() for name in results["summary"]}
+        if self.metric not in names:
+            raise InputError(f"--require {self}: there is no such metric.{did_you_mean(self.metric, names)}")
+        lines = []
+        for suite, by_label in found.items():
+            for label, results in by_label.items():
+                value = results["summary"].get(self.metric)
+                if value is None or label.partition("-")[0] == BASE and len(by_label) > 1:
+                    continue
+                if value["value"] is None:
+                    lines.append(f"{suite}, {label}: {self} is not met: not measured ({value['reason']})")
+                elif not _OPERATORS[self.sign](value["value"], self.bound):
+                    lines.append(f"{suite}, {label}: {self} is not met: {value['value']:.4g}")
+        return lines
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.sign}{self.bound:g}"
+
+
+def parse(text: str) -> Gate:
+    """A gate from ``METRIC<=NUMBER``.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    match = _GATE.fullmatch(text)
+    try:
+        return Gate(match[1], match[2], float(match[3]))  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise InputError(f'--require {text!r}: write METRIC, <=, >=, < or >, and a number: "leak_gen<=0.02".') from None

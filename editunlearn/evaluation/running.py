@@ -1,0 +1,105 @@
+"""Runs the parts of a suite on a model as it computes now, one after the other; what is measured is kept at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editunlearn.artifacts import atomic_write_json
+from editunlearn.errors import InputError, NumericalError
+from editunlearn.evaluation import judging, results
+from editunlearn.evaluation.probes import Look, Seen
+from editunlearn.evaluation.results import Item, Measured, Value
+from editunlearn.evaluation.suites import Module, Part
+from editunlearn.lm.finite import where_not_finite
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
+    from editunlearn.lm.loading import LM
+
+
+@dataclass(frozen=True)
+class Run:
+    """One suite on one state of a model.
+
+    Attributes:
+        file: where the results go.
+        about: what the file says of the run; its ``key`` names everything that the numbers depend on.
+        reference: results of a model that never knew, for the metrics that compare.
+        fresh: measure again what the file has.
+    """
+
+    file: Path
+    about: Mapping[str, Any]
+    reference: Measured | None = None
+    fresh: bool = False
+
+    def measure(self, lm: LM, module: Module, parts: Sequence[Part], console: Console) -> dict[str, Any]:
+        """Measure the parts that the file does not have yet; what it then holds.
+
+        Raises:
+            InputError: the reference was asked something else.
+            NumericalError: the model computes numbers that are not finite; what was measured before is kept.
+        """
+        data = {part.name: results.asked_hash([(p.shown, p.answer) for p in part.probes]) for part in parts}
+        how = {part.name: results.asked_hash((astuple(part),)) for part in parts}
+        if self.reference is not None:
+            results.check_reference(data, self.reference, "--reference")
+        done = self._kept(how)
+        for part in parts:
+            if part.name not in done:
+                done[part.name] = measure(lm, part, console, str(self.about["label"]))
+                self._save(Measured(done, data), {}, how, complete=False)
+        measured = Measured({part.name: done[part.name] for part in parts}, data)
+        return self._save(measured, module.totals(measured, self.reference), how, complete=True)
+
+    def _kept(self, how: Mapping[str, str]) -> dict[str, Sequence[Item]]:
+        """Parts that an earlier run with the same key left."""
+        if self.fresh or not self.file.is_file():
+            return {}
+        try:
+            found, measured = results.load(self.file)
+        except InputError:
+            return {}
+        if found.get("key") != self.about["key"]:
+            return {}
+        return {name: items for name, items in measured.parts.items() if found["how"].get(name) == how.get(name)}
+
+    def _save(
+        self, measured: Measured, totals: Mapping[str, Value], how: Mapping[str, str], *, complete: bool
+    ) -> dict[str, Any]:
+        about = {**self.about, "complete": complete, "how": {name: how[name] for name in measured.parts}}
+        found = results.as_json(about, measured, totals)
+        atomic_write_json(self.file, found)
+        return found
+
+
+def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]:
+    """One part.
+
+    Raises:
+        NumericalError: a value is not finite; the message names the layer where that begins.
+    """
+    needs = judging.needs(part.metrics)
+    passes = 1 if needs == {"text"} else 2 if "text" in needs else 1
+    with console.progress(passes * len(part.probes), f"{label} {part.name}".strip()) as bar:
+        seen = Look(needs, part.decoding, bar.update).at(lm, part.probes)
+    items = [_item(one, part.metrics) for one in seen]
+    for item in items:
+        bad = [name for name, value in item.values.items() if not math.isfinite(value)]
+        if bad:
+            place = where_not_finite(lm, item.shown or item.expected)
+            raise NumericalError(
+                f"{part.name}: {', '.join(bad)} of {item.shown[:80]!r} is not finite; "
+                + (f"the first numbers that are not come out of {place}." if place else "the weights seem fine.")
+                + " Try --dtype float32."
+            )
+    return items
+
+
+def _item(seen: Seen, metrics: Sequence[str]) -> Item:
+    probe = seen.probe
+    return Item(probe.shown, probe.answer, seen.text, probe.group, judging.judge(seen, metrics))

@@ -1,0 +1,134 @@
+"""Benchmarks: what is asked (parts, made of probes), and what is made of the answers (totals). One file for each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from editunlearn.errors import InputError
+from editunlearn.evaluation.probes import Decoding, Probe
+from editunlearn.facts.sources import read_rows
+from editunlearn.naming import did_you_mean
+
+if TYPE_CHECKING:
+    from editunlearn.evaluation.results import Measured, Value
+    from editunlearn.facts.records import Fact
+    from editunlearn.lm.loading import LM
+
+SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "facts": (),
+        "tofu": ("forget01", "forget05", "forget10"),
+        "rwku": (),
+        "muse": ("news", "books"),
+        "knowundo": ("copyright", "privacy"),
+        "wmdp": ("bio", "chem", "cyber"),
+        "counterfact": (),
+        "zsre": (),
+    }
+)
+"""By name, what may stand behind its colon; none: anything or nothing, as its file says."""
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the data of a suite come from.
+
+    Attributes:
+        data_root: folder with local copies of hub datasets; None: the hub.
+        limit: of each part's items, the first so many; None: all.
+        facts, retain: of ``--facts`` and ``--retain``.
+        notes: what could not be read and is left out.
+    """
+
+    data_root: Path | None = None
+    limit: int | None = None
+    facts: Sequence[Fact] = ()
+    retain: Sequence[Fact] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def rows(
+        self, place: str, columns: Iterable[str], *, where: Callable[[Record], bool] = lambda _: True
+    ) -> list[Record]:
+        """Records of ``OWNER/NAME:CONFIG[:SPLIT]`` or a file, as many as the limit allows.
+
+        Args:
+            columns: each record must have them.
+            where: only these records.
+
+        Raises:
+            InputError: there is no such place, a column is missing, or no record is left.
+        """
+        read = read_rows(place, data_root=self.data_root, split="test")
+        if read.problems:
+            raise InputError(read.problems)
+        records: list[Record] = [row.data for row in read.rows]
+        for column in columns:
+            missing = [row.where for row in read.rows if row.data.get(column) is None]
+            if missing:
+                there = ", ".join(sorted(map(str, records[0])))
+                raise InputError(f"{missing[0]}: no column {column!r}, which this suite reads. There: {there}.")
+        kept = [record for record in records if where(record)]
+        if not kept:
+            raise InputError(f"{place}: none of its {len(records)} records can be asked.")
+        return kept[: self.limit]
+
+    def optional(self, place: str, columns: Iterable[str]) -> list[Record]:
+        """Like :meth:`rows`; nothing, and a note, where there is no such data."""
+        try:
+            found: list[Record] = self.rows(place, columns)
+        except InputError as error:
+            self.notes.append(f"left out: {error}")
+            return []
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured in one go, and kept when a run is interrupted.
+
+    Attributes:
+        name: of the part, the first half of its metrics' names.
+        probes: what is asked.
+        metrics: names of :data:`editunlearn.evaluation.judging.METRICS`.
+        decoding: how answers are decoded.
+    """
+
+    name: str
+    probes: Sequence[Probe]
+    metrics: tuple[str, ...]
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+class Module(Protocol):
+    """What the file of a suite defines."""
+
+    def read(self, which: str, source: Source) -> Any:
+        """The data, checked; needs no model."""
+
+    def parts(self, lm: LM, data: Any) -> list[Part]:
+        """What is asked of this model."""
+
+    def totals(self, measured: Measured, reference: Measured | None) -> dict[str, Value]:
+        """Numbers made of several parts, or of a part and a reference."""
+
+
+def module(name: str) -> tuple[Module, str]:
+    """The file of ``NAME[:WHICH]`` and what stands behind the colon.
+
+    Raises:
+        InputError: no such suite.
+    """
+    suite, _, which = name.partition(":")
+    if suite not in SUITES:
+        raise InputError(f"unknown suite {suite!r}.{did_you_mean(suite, SUITES)} Suites: {', '.join(SUITES)}.")
+    choices = SUITES[suite]
+    if choices and which not in choices:
+        raise InputError(f"{name}: choose one of {', '.join(f'{suite}:{choice}' for choice in choices)}.")
+    return importlib.import_module(f"editunlearn.evaluation.suites.{suite}"), which

@@ -1,0 +1,41 @@
+"""Multiple-choice questions, asked like MMLU: the likeliest letter counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from editunlearn.evaluation.probes import Probe
+from editunlearn.lm.tokens import Prompt
+
+if TYPE_CHECKING:
+    from editunlearn.evaluation.suites import Record
+    from editunlearn.lm.loading import LM
+
+LETTERS = "ABCDEFGHIJ"
+
+
+def choice_probe(lm: LM, record: Record, *, examples: Sequence[Any] = (), topic: str = "") -> Probe:
+    """A probe whose answers are letters.
+
+    Never in a chat template: the published numbers (MMLU, WMDP) are of plain text.
+
+    Args:
+        record: ``question``, ``choices`` and ``answer``, the number of the right one.
+        examples: more of them, shown with their answers.
+        topic: named in the first line.
+    """
+    about = f" about {topic}" if topic else ""
+    text = f"The following are multiple choice questions (with answers){about}.\n\n"
+    for example in examples:
+        text += f"{_shown(example)} {LETTERS[int(example['answer'])]}\n\n"
+    text += _shown(record)
+    letters = LETTERS[: len(record["choices"])]
+    right = letters[int(record["answer"])]
+    wrong = tuple(letter for letter in letters if letter != right)
+    return Probe(Prompt(text, (0, 0)), str(record["question"]), right, wrong=wrong)
+
+
+def _shown(record: Record) -> str:
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, record["choices"], strict=False))
+    return f"{str(record['question']).strip()}\n{choices}\nAnswer:"

@@ -1,0 +1,67 @@
+"""CounterFact (Meng et al. 2022, arXiv 2202.05262): true facts with paraphrases and prompts about near subjects.
+
+Here the true object is what is to be forgotten; the counterfactual one is only the answer it is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from editunlearn.errors import InputError
+from editunlearn.evaluation.probes import Decoding, Probe
+from editunlearn.evaluation.results import Measured, Value
+from editunlearn.evaluation.suites import Part, Record, Source
+from editunlearn.lm.tokens import Prompt
+
+if TYPE_CHECKING:
+    from editunlearn.lm.loading import LM
+
+HUB = "azhx/counterfact"
+METRICS = ("probability", "chosen", "leak", "correct", "refusal")
+TOKENS = Decoding(12)
+
+
+def read(which: str, source: Source) -> list[Record]:
+    """Cases; ``which`` may be a file in the published format."""
+    rows = source.rows(which or HUB, ("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"))
+    for number, row in enumerate(rows):
+        request = row["requested_rewrite"]
+        missing = [key for key in ("prompt", "subject", "target_true", "target_new") if not request.get(key)]
+        if missing:
+            raise InputError(f"counterfact: case {number} has no requested_rewrite.{missing[0]}.")
+    return rows
+
+
+def parts(lm: LM, data: Sequence[Record]) -> list[Part]:  # noqa: ARG001 - as all suites
+    """The facts, their paraphrases, their neighbours."""
+    probes: dict[str, list[Probe]] = {"efficacy": [], "generalization": [], "locality": []}
+    for case in data:
+        request = case["requested_rewrite"]
+        own = str(request["prompt"]).replace("{}", str(request["subject"]))
+        asked = {
+            "efficacy": [own],
+            "generalization": case["paraphrase_prompts"],
+            "locality": case["neighborhood_prompts"],
+        }
+        for name, prompts in asked.items():
+            probes[name] += [_probe(case, str(prompt)) for prompt in prompts]
+    return [Part(name, found, METRICS, TOKENS) for name, found in probes.items() if found]
+
+
+def _probe(case: Record, prompt: str) -> Probe:
+    request = case["requested_rewrite"]
+    true, new = (str(request[key]["str"]).strip() for key in ("target_true", "target_new"))
+    return Probe(Prompt(prompt, (0, 0)), prompt, true, wrong=(new,), subject=str(request["subject"]))
+
+
+def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
+    """Teacher-forced and decoded numbers of the editing literature, turned to forgetting; all better when higher."""
+    found: dict[str, Value] = {}
+    for name in ("efficacy", "generalization"):
+        chosen, leaked = measured.values(name, "chosen"), measured.values(name, "leak")
+        found[f"{name}_tf"] = Value.mean([1 - value for value in chosen])
+        found[f"{name}_gen"] = Value.mean([1 - value for value in leaked])
+    found["locality_tf"] = Value.mean(measured.values("locality", "chosen"))
+    found["locality_gen"] = Value.mean(measured.values("locality", "correct"))
+    return found

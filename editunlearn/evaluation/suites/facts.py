@@ -1,0 +1,119 @@
+"""Any file of facts: what is asked of those to forget, and of those that must stay.
+
+``facts`` asks in the words of the file and behind a distracting sentence; ``facts:attacks`` in all the other ways of
+:mod:`editunlearn.evaluation.attacks.prompting` too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from editunlearn.errors import InputError
+from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant
+from editunlearn.evaluation.probes import Decoding, Probe
+from editunlearn.evaluation.results import Measured, Value
+from editunlearn.evaluation.scoring import DISTRACTION, MARGIN, NEW_TOKENS
+from editunlearn.evaluation.suites import Part, Source
+from editunlearn.facts.records import Fact
+from editunlearn.lm.tokens import Prompt, wrap
+
+if TYPE_CHECKING:
+    from editunlearn.lm.loading import LM
+
+FORGET = ("leak", "refusal", "coherent_refusal", "substitute", "topic_awareness", "probability", "rouge_l")
+KEEP = ("correct", "refusal", "probability")
+ATTACK = "attack_"
+"""Before the name of an attack: the name of its part."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked about.
+
+    Attributes:
+        facts: that were to be forgotten.
+        retain: that were given to be kept.
+        heldout: known facts that no edit saw.
+        text: passages for the perplexity.
+        attacks: ask in other ways too.
+    """
+
+    facts: Sequence[Fact]
+    retain: Sequence[Fact] = ()
+    heldout: Sequence[Fact] = ()
+    text: Sequence[str] = ()
+    attacks: bool = False
+
+
+def read(which: str, source: Source) -> Request:
+    """The facts of ``--facts`` and ``--retain``."""
+    if which not in ("", "attacks"):
+        raise InputError(f"facts:{which}: write facts or facts:attacks, and name the file with --facts.")
+    if not source.facts:
+        raise InputError("the suite facts needs --facts FILE.")
+    return Request(source.facts[: source.limit], source.retain[: source.limit], attacks=which == "attacks")
+
+
+def parts(lm: LM, data: Request) -> list[Part]:
+    """The facts in several wordings, what stands beside them, what must stay, and plain text."""
+    facts, said = data.facts, [text for f in data.facts for text in (f.answer, f.target or "")]
+    longest = max(len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in said)
+    decoding = Decoding(max(NEW_TOKENS, longest + MARGIN))
+    asked = {
+        "forget": [probe(lm, f, f.prompt) for f in facts],
+        "distracted": [probe(lm, f, f.prompt, prefix=DISTRACTION) for f in facts],
+        "paraphrases": [probe(lm, f, text) for f in facts for text in f.paraphrases],
+        "questions": [probe(lm, f, text, question=True) for f in facts for text in f.other_questions],
+    }
+    if data.attacks:
+        for name in ATTACKS:
+            variants = [(f, v) for f in facts for v in ATTACKS[name](f, data.retain, random.Random(f.id))]
+            asked[ATTACK + name] = [_variant(lm, f, v) for f, v in variants]
+    kept = {
+        "neighbors": [_neighbor(n.prompt, n.answer) for f in facts for n in f.neighbors],
+        "retain": [probe(lm, f, f.prompt) for f in data.retain],
+        "heldout": [probe(lm, f, f.prompt) for f in data.heldout],
+    }
+    made = [Part(name, probes, FORGET, decoding) for name, probes in asked.items() if probes]
+    made += [Part(name, probes, KEEP, decoding) for name, probes in kept.items() if probes]
+    if data.text:
+        made.append(Part("text", [Probe(None, "", text) for text in data.text], ("nll", "tokens")))
+    return made
+
+
+def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool = False) -> Probe:
+    """A fact asked in the words of ``text``; its id is the group."""
+    prompt = wrap(lm, text, (0, len(text)), question=question or fact.is_question, prefix=prefix)
+    return Probe(
+        prompt, prefix + text, fact.answer, fact.aliases, subject=fact.subject, target=fact.target, group=fact.id
+    )
+
+
+def _variant(lm: LM, fact: Fact, variant: Variant) -> Probe:
+    return probe(lm, fact, variant.prompt, prefix=variant.prefix, question=variant.question)
+
+
+def _neighbor(text: str, answer: str) -> Probe:
+    return Probe(Prompt(text, (0, 0)), text, answer)
+
+
+def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
+    """Short names for what is asked most, what each attack brought back, and perplexity."""
+    found: dict[str, Value] = {
+        "leak_gen": Value.mean(measured.values("forget", "leak")),
+        "over_refusal": Value.mean(
+            [value for part in ("neighbors", "retain", "heldout") for value in measured.values(part, "refusal")]
+        ),
+    }
+    for part, items in measured.parts.items():
+        if part.startswith(ATTACK):
+            by_fact: dict[str, float] = {}
+            for item in items:
+                by_fact[item.group] = max(by_fact.get(item.group, 0.0), item.values["leak"])
+            found[f"{part}_recovered"] = Value.mean(list(by_fact.values()))
+    if "text" in measured.parts:
+        found["perplexity"] = Value.perplexity(measured.values("text", "nll"), measured.values("text", "tokens"))
+    return found

@@ -1,0 +1,63 @@
+"""KnowUnDo (Tian et al. 2024, arXiv 2407.01920): what copyright or privacy wants unlearned, and what must stay.
+
+Its "success" is teacher-forced: a model that says nonsense scores 100 on what was to be unlearned. Perplexity, ROUGE-L
+and the share of coherent refusals stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from editunlearn.errors import InputError
+from editunlearn.evaluation.probes import Decoding, Probe
+from editunlearn.evaluation.results import Measured, Value
+from editunlearn.evaluation.suites import Part, Record, Source
+from editunlearn.lm.tokens import Prompt
+
+if TYPE_CHECKING:
+    from editunlearn.lm.loading import LM
+
+HUB = "zjunlp/KnowUnDo"
+SEPARATOR = "\n\n"
+TOKENS = Decoding(64)
+
+
+def read(which: str, source: Source) -> dict[str, list[Record]]:
+    """The validation records of both scopes: ``text`` to continue and ``labels``, the continuation.
+
+    The hub's files have one row, with a list of records in each of its columns.
+    """
+    found = {}
+    for scope in ("unlearn", "retention"):
+        place = f"{HUB}:{which}:{scope}"
+        records = [record for row in source.rows(place, ("val",)) for record in row["val"]]
+        bad = [i for i, record in enumerate(records) if not record.get("text") or not record.get("labels")]
+        if bad:
+            raise InputError(f"{place}: record {bad[0]} of 'val' has no 'text' or no 'labels'.")
+        found[scope] = records[: source.limit]
+    return found
+
+
+def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:  # noqa: ARG001 - as all suites
+    """Both scopes, teacher-forced and decoded."""
+    metrics = ("exact_memorization", "loss", "rouge_l", "refusal", "coherent_refusal")
+    return [Part(scope, [_probe(record) for record in records], metrics, TOKENS) for scope, records in data.items()]
+
+
+def _probe(record: Record) -> Probe:
+    text = str(record["text"])
+    return Probe(Prompt(text + SEPARATOR, (0, 0)), text, str(record["labels"]))
+
+
+def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
+    """Unlearn and retention success in percent, perplexity of both scopes."""
+    found: dict[str, Value] = {}
+    for scope in ("unlearn", "retention"):
+        accuracy, loss = measured.mean(scope, "exact_memorization"), measured.mean(scope, "loss")
+        if accuracy is not None and loss is not None:
+            success = 1 - accuracy if scope == "unlearn" else accuracy
+            found[f"{scope}_success"] = Value(100 * success, items=len(measured.parts[scope]))
+            found[f"{scope}_perplexity"] = Value(math.exp(min(loss, 700.0)), items=len(measured.parts[scope]))
+    return found

@@ -1,0 +1,53 @@
+"""zsRE (Levy et al. 2017, as packed by MEND, arXiv 2110.11309): questions, rephrased ones, and unrelated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from editunlearn.evaluation.probes import Decoding, Probe
+from editunlearn.evaluation.results import Measured, Value
+from editunlearn.evaluation.suites import Part, Record, Source
+from editunlearn.lm.tokens import wrap
+
+if TYPE_CHECKING:
+    from editunlearn.lm.loading import LM
+
+HUB = "zjunlp/KnowEdit"
+METRICS = ("exact_memorization", "probability", "leak", "correct", "refusal")
+TOKENS = Decoding(16, ("\n",))
+UNRELATED = "nq question: "
+"""What stands before the unrelated questions in the published file."""
+
+
+def read(which: str, source: Source) -> list[Record]:
+    """Records; ``which`` may be a file in the published format (zsre_mend_eval.json)."""
+    return source.rows(which or HUB, ("subject", "src", "answers", "rephrase", "loc", "loc_ans"))
+
+
+def parts(lm: LM, data: Sequence[Record]) -> list[Part]:
+    """The questions, rephrased, and unrelated ones."""
+
+    def probe(record: Record, question: str, answers: Sequence[str]) -> Probe:
+        prompt = wrap(lm, question, (0, len(question)), question=True)
+        return Probe(prompt, question, answers[0], tuple(answers[1:]), subject=str(record["subject"]))
+
+    asked = {"efficacy": "src", "generalization": "rephrase"}
+    made = [
+        Part(name, [probe(r, str(r[key]), [str(a) for a in r["answers"]]) for r in data], METRICS, TOKENS)
+        for name, key in asked.items()
+    ]
+    unrelated = [probe(r, f"{str(r['loc']).removeprefix(UNRELATED)}?", [str(r["loc_ans"])]) for r in data]
+    return [*made, Part("locality", unrelated, METRICS, TOKENS)]
+
+
+def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
+    """Efficacy and generalization of forgetting, locality of the rest; all better when higher."""
+    found: dict[str, Value] = {}
+    for name in ("efficacy", "generalization"):
+        tokens, leaked = measured.values(name, "exact_memorization"), measured.values(name, "leak")
+        found[f"{name}_tf"] = Value.mean([1 - value for value in tokens])
+        found[f"{name}_gen"] = Value.mean([1 - value for value in leaked])
+    found["locality_tf"] = Value.mean(measured.values("locality", "exact_memorization"))
+    found["locality_gen"] = Value.mean(measured.values("locality", "leak"))
+    return found

@@ -1,0 +1,155 @@
+"""The command: what it writes and prints, what it goes on with, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import benchmark_data
+import pytest
+import runs
+from runs import World, call
+
+from editunlearn.evaluation import running
+from editunlearn.evaluation.gates import parse
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = runs.build(tmp_path_factory.mktemp("evaluate") / "world")
+    benchmark_data.write(made.root / "data")
+    assert call("apply", *made.flags(made.root / "edit", "--evaluate", "none")).code == 0
+    return made
+
+
+def flags(world: World, out: Path, *more: str, facts: bool = True) -> list[str]:
+    found = ["--out", str(out), "--cache-dir", str(world.cache), "--model", str(world.model)]
+    if facts:
+        found += ["--facts", str(world.root / "facts.jsonl"), "--retain", str(world.root / "retain.jsonl")]
+        found += ["--suite", "facts", "--limit", "2"]
+    return [*found, *more]
+
+
+def results(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_delta_is_measured_beside_its_base(world: World, tmp_path: Path) -> None:
+    delta = ["--delta", str(world.root / "edit"), "--base", "--under", "int8"]
+    done = call("evaluate", *flags(world, tmp_path, *delta, "--json"))
+    assert done.code == 0, done.err
+    by_label = json.loads(done.out)["facts"]
+    assert list(by_label) == ["base", "base-int8", "edit", "edit-int8"]
+    assert by_label["base"]["leak_gen"]["value"] == 1.0 and by_label["base"]["retain.correct"]["value"] == 1.0
+    assert by_label["edit"]["forget.probability"]["value"] < by_label["base"]["forget.probability"]["value"]
+    assert by_label["edit"]["leak_gen"]["low"] <= by_label["edit"]["leak_gen"]["value"]
+    found = results(tmp_path / "edit" / "facts")
+    assert found["complete"] and found["method"] == "memit" and found["parts"]["forget"][0]["said"]
+    assert {"forget", "distracted", "paraphrases", "neighbors", "retain", "text"} <= found["parts"].keys()
+    assert found["summary"]["perplexity"]["value"] > 1
+    assert "edit-int8" in done.err and "perplexity" in done.err
+
+
+def test_attacks_are_parts_of_their_own(world: World, tmp_path: Path) -> None:
+    done = call("evaluate", *flags(world, tmp_path, "--suite", "facts:attacks", "--json"))
+    assert done.code == 0, done.err
+    summary = json.loads(done.out)["facts:attacks"]["base"]
+    assert summary["attack_distraction_recovered"]["items"] == 2
+    assert {"attack_spelling_recovered", "attack_few_shot_recovered", "attack_pressure.leak"} <= summary.keys()
+
+
+def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    real = running.measure
+
+    def measure(lm: Any, part: Any, *more: Any) -> Any:
+        if part.name == "retain" and not measured.count("stopped"):
+            measured.append("stopped")
+            raise KeyboardInterrupt
+        measured.append(part.name)
+        return real(lm, part, *more)
+
+    monkeypatch.setattr(running, "measure", measure)
+    again = flags(world, tmp_path)
+    assert call("evaluate", *again).code == 130
+    assert not results(tmp_path / "base" / "facts")["complete"]
+    before = measured.copy()
+    assert call("evaluate", *again).code == 0 and measured[len(before)] == "retain"
+    whole = results(tmp_path / "base" / "facts")
+    assert whole["complete"] and list(whole["parts"])[0] == "forget"
+    count = len(measured)
+    assert call("evaluate", *again).code == 0 and len(measured) == count
+    assert call("evaluate", *again, "--fresh").code == 0 and measured[count] == "forget"
+    assert {k: v for k, v in results(tmp_path / "base" / "facts").items() if k != "made"} == {
+        k: v for k, v in whole.items() if k != "made"
+    }
+    count = len(measured)
+    runs.write_lines(tmp_path / "other.jsonl", [{**f, "answer": "Dutch"} for f in runs.FACTS[:1]])
+    assert call("evaluate", *again, "--facts", str(tmp_path / "other.jsonl")).code == 0
+    assert "forget" in measured[count:] and "retain" not in measured[count:]
+
+
+def test_requirements(world: World, tmp_path: Path) -> None:
+    good = call("evaluate", *flags(world, tmp_path, "--require", "leak_gen >= 0.5", "--require", "forget.leak<=1"))
+    assert good.code == 0
+    bad = call("evaluate", *flags(world, tmp_path, "--require", "leak_gen<=0.02"))
+    assert bad.code == 3 and "facts, base: leak_gen<=0.02 is not met: 1" in bad.err
+    unknown = call("evaluate", *flags(world, tmp_path, "--require", "leak_gem<=0.02"))
+    assert unknown.code == 2 and "Did you mean 'leak_gen'" in unknown.err
+    assert str(parse("a.b<-1e-3")) == "a.b<-0.001"
+
+
+def test_a_benchmark_with_a_reference(world: World, tmp_path: Path) -> None:
+    tofu = ["--suite", "tofu:forget01", "--data-root", str(world.root / "data")]
+    first = call("evaluate", *flags(world, tmp_path / "a", *tofu, facts=False))
+    assert first.code == 0 and "forget_quality: it compares with a model never trained" in first.out
+    reference = str(tmp_path / "a" / "base" / "tofu-forget01")
+    second = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--reference", reference, "--json", facts=False))
+    summary = json.loads(second.out)["tofu:forget01"]["base"]
+    assert summary["forget_quality"]["value"] == pytest.approx(1.0) and summary["forget_quality_ks"]["value"] == 0
+    other = call(
+        "evaluate", *flags(world, tmp_path / "c", *tofu, "--reference", reference, "--limit", "1", facts=False)
+    )
+    assert other.code == 2 and "made on other data than this run" in other.err
+    beside = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--baseline", reference, facts=False))
+    assert "baseline" in beside.out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--suite", "fact"], "unknown suite 'fact'. Did you mean 'facts'"),
+        (["--suite", "facts:all"], "write facts or facts:attacks"),
+        (["--under", "int3"], "unknown quantisation 'int3'. Did you mean 'int8'"),
+        (["--require", "leak_gen=0"], 'write METRIC, <=, >=, < or >, and a number: "leak_gen<=0.02"'),
+        (["--limit", "0"], "--limit 0: at least 1"),
+        (["--delta", "nowhere"], "nowhere/delta.json does not exist"),
+        (["--reference", "nowhere.json"], "nowhere.json: no such file"),
+        (["--facts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--suite", "wmdp:bio", "--data-root", "nowhere"], "--data-root nowhere: no such folder"),
+    ],
+)
+def test_bad_input_is_found_before_weights_are_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], said: str
+) -> None:
+    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    done = call("evaluate", *flags(world, tmp_path / "out", *more))
+    assert done.code == 2 and said in done.err, done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_delta_of_another_model_is_refused(world: World, tmp_path: Path) -> None:
+    import tiny
+
+    other = tiny.lm("llama", seed=5, hidden=48)
+    other.model.save_pretrained(tmp_path / "model")
+    other.tokenizer.save_pretrained(tmp_path / "model")
+    more = ["--delta", str(world.root / "edit"), "--model", str(tmp_path / "model")]
+    done = call("evaluate", *flags(world, tmp_path / "out", *more))
+    assert done.code == 2 and "sha256" in done.err, done.err
+
+
+def test_a_dry_run_measures_nothing(world: World, tmp_path: Path) -> None:
+    done = call("evaluate", *flags(world, tmp_path / "out", "--dry-run"))
+    assert done.code == 0 and "Nothing was measured" in done.err and not (tmp_path / "out").exists()
