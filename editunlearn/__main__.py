@@ -14,6 +14,7 @@ COMMANDS = {
     "apply": "edit a model so that it forgets facts, and measure it",
     "stats": "measure second moments of a model ahead of time",
     "evaluate": "measure models and deltas with benchmarks, also under quantisation",
+    "report": "put evaluations side by side on one page",
     "export": "turn a saved delta into a LoRA adapter, a merged model, or a delta without some facts",
 }
 

@@ -216,6 +216,7 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     """Measure every suite in every state: suite -> label -> what its results file holds."""
     from editunlearn.deltas.files import check_base
     from editunlearn.evaluation.running import Run
+    from editunlearn.lm.fingerprint import model_fingerprint
 
     lm = load_model(args)
     for state in made.states:
@@ -225,11 +226,12 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
         name: (file, file.parts(lm, _completed(lm, data, args, console))) for name, (file, data) in made.suites.items()
     }
     found: dict[str, dict[str, Any]] = {name: {} for name in suites}
+    weights = model_fingerprint(lm)  # before anything is applied
     for state in made.states:
         with state.on(lm):
             for name, (file, parts) in suites.items():
                 place = args.out / state.label / name.replace(":", "-").replace(" ", "_") / "results.json"
-                run = Run(place, _about(args, lm, name, state), made.reference, args.fresh)
+                run = Run(place, _about(args, lm, weights, name, state), made.reference, args.fresh)
                 found[name][state.label] = run.measure(lm, file, parts, console)
     return found
 
@@ -249,9 +251,8 @@ def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) ->
     )
 
 
-def _about(args: argparse.Namespace, lm: LM, suite: str, state: State) -> dict[str, Any]:
+def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: State) -> dict[str, Any]:
     from editunlearn import __version__
-    from editunlearn.lm.fingerprint import model_fingerprint
     from editunlearn.pipeline import environment
     from editunlearn.workspace import key_of
 
@@ -260,7 +261,7 @@ def _about(args: argparse.Namespace, lm: LM, suite: str, state: State) -> dict[s
         "label": state.label,
         "suite": suite,
         "model": lm.name,
-        "weights": model_fingerprint(lm),
+        "weights": weights,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "delta": {name: site.model_dump(mode="json") for name, site in delta.sites.items()} if delta else None,
         "method": delta.method if delta else None,

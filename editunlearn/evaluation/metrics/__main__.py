@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from editunlearn.evaluation.metrics import Definition, likelihood, memorisation, text
-
-MODULES = (text, likelihood, memorisation)
+from editunlearn.evaluation.metrics import Definition
+from editunlearn.evaluation.metrics.glossary import MODULES
 
 
 def _range(definition: Definition) -> str:

@@ -20,6 +20,17 @@ DEFINITIONS = (
         "TOFU, real authors and world facts",
     ),
     Definition(
+        "choice_accuracy",
+        "lower",
+        0,
+        1,
+        "share of questions whose answer has a larger log-probability, summed over tokens, than every wrong one",
+        "MMLU, WMDP, TruthfulQA MC1, CounterFact",
+        "a model that guesses has 1 / (number of options).",
+    ),
+    Definition("loss", "reference", 0, None, "mean negative log-likelihood of the answer's tokens, nats"),
+    Definition("perplexity", "reference", 1, None, "exp of the mean loss of all tokens of all passages"),
+    Definition(
         "truth_ratio",
         "reference",
         0,

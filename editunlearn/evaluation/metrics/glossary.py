@@ -1,0 +1,76 @@
+"""From a name in a results file to the definition of that number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from editunlearn.evaluation.metrics import Definition, likelihood, memorisation, text
+
+MODULES = (text, likelihood, memorisation)
+DEFINITIONS: Mapping[str, Definition] = MappingProxyType({d.name: d for module in MODULES for d in module.DEFINITIONS})
+
+_OTHER_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "leak": "leak_rate",
+        "leak_gen": "leak_rate",
+        "refusal": "refusal_rate",
+        "coherent_refusal": "coherent_refusal_rate",
+        "substitute": "substitute_rate",
+        "over_refusal": "over_refusal_rate",
+        "correct": "accuracy",
+        "chosen": "choice_accuracy",
+        "above_chance": "choice_accuracy",
+        "nll": "loss",
+        "tokens": "loss",
+        "rouge_l_f1": "rouge_l",
+        "utility": "rouge_l",
+        "knowmem": "rouge_l",
+        "verbmem": "rouge_l",
+        "forget_quality_ks": "forget_quality",
+        "success": "exact_memorization",
+        "efficacy_tf": "choice_accuracy",
+        "generalization_tf": "choice_accuracy",
+        "locality_tf": "choice_accuracy",
+        "efficacy_gen": "leak_rate",
+        "generalization_gen": "leak_rate",
+        "locality_gen": "accuracy",
+        "auc": "membership_auc",
+        "retain_truth_ratio": "utility_truth_ratio",
+        "real_authors_truth_ratio": "utility_truth_ratio",
+        "world_facts_truth_ratio": "utility_truth_ratio",
+    }
+)
+_KEPT = ("retain", "heldout", "neighbor", "locality", "retention", "utility", "real_authors", "world_facts")
+"""Beginnings of parts that are about what must stay."""
+_TURNED: Mapping[str, str] = MappingProxyType(
+    {
+        "forget_quality_ks": "lower",
+        **dict.fromkeys(("unlearn_success", "efficacy_tf", "efficacy_gen"), "higher"),
+        **dict.fromkeys(("generalization_tf", "generalization_gen"), "higher"),
+    }
+)
+"""Totals that say how well something was forgotten, or that count the other way round."""
+
+
+def definition_of(name: str) -> Definition | None:
+    """Definition of ``part.metric`` or of a total; None for a name that is none of ours."""
+    last = name.rpartition(".")[2]
+    for candidate in (last, *(last[i + 1 :] for i, c in enumerate(last) if c == "_")):
+        found = DEFINITIONS.get(_OTHER_NAMES.get(candidate, candidate))
+        if found is not None:
+            return found
+    return None
+
+
+def better(name: str) -> str:
+    """``higher``, ``lower`` or ``reference``: which way is good for this number of an unlearned model."""
+    definition = definition_of(name)
+    if name in _TURNED:
+        return _TURNED[name]
+    if definition is None or definition.better == "reference":
+        return "reference"
+    if not name.startswith(_KEPT) or definition.name == "utility_truth_ratio":
+        return definition.better
+    bad = ("refusal_rate", "coherent_refusal_rate", "over_refusal_rate", "substitute_rate")
+    return "lower" if definition.name in bad else "higher"

@@ -1,0 +1,102 @@
+"""Finds results files and puts what belongs together side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editunlearn.errors import InputError
+from editunlearn.evaluation import results
+from editunlearn.evaluation.results import Measured
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One state of a model on one suite.
+
+    Attributes:
+        label: unique among its suite's columns.
+        about: what the results file says of the run, without the items.
+        measured: the items.
+    """
+
+    label: str
+    about: Mapping[str, Any]
+    measured: Measured
+
+    def value(self, name: str) -> float | None:
+        """A number of the summary; None when it is not there or was not measured."""
+        found: float | None = (self.about["summary"].get(name) or {}).get("value")
+        return found
+
+    @property
+    def edited(self) -> bool:
+        """Whether a delta was applied."""
+        return self.about.get("delta") is not None
+
+    @property
+    def quantisation(self) -> str:
+        """Scheme of quantisation, "" for none."""
+        return self.about.get("quantisation") or ""
+
+
+def gather(places: Sequence[Path]) -> dict[str, list[Column]]:
+    """Results below the given folders or files, by suite; the base first, then in the order of the places.
+
+    Raises:
+        InputError: a place does not exist or holds no results.
+    """
+    problems: list[str] = []
+    found: dict[str, list[Column]] = {}
+    for place in places:
+        files = sorted(_results_below(place))
+        if not files:
+            problems.append(f"{place}: no results.json of 'editunlearn evaluate' in it or below it.")
+        for file in files:
+            about, measured = results.load(file)
+            columns = found.setdefault(str(about["suite"]), [])
+            taken = {column.label for column in columns}
+            label = _free(str(about["label"]), taken, file)
+            columns.append(Column(label, {k: v for k, v in about.items() if k != "parts"}, measured))
+    if problems:
+        raise InputError(problems)
+    return {suite: sorted(columns, key=lambda c: c.label != BASE) for suite, columns in found.items()}
+
+
+def _results_below(place: Path) -> Iterable[Path]:
+    if place.is_file():
+        yield place
+    for file in place.rglob(results.FILE) if place.is_dir() else ():
+        try:
+            results.load(file)
+        except InputError:
+            continue  # apply writes a results.json of its own
+        yield file
+
+
+def _free(label: str, taken: set[str], file: Path) -> str:
+    """A label that is not taken: with the names of the folders around it, as many as it takes."""
+    for parent in file.resolve().parents[2:]:
+        if label not in taken:
+            return label
+        label = f"{parent.name}/{label}"
+    return label
+
+
+def changed_settings(columns: Sequence[Column]) -> list[str]:
+    """What differs between columns that should not: model, dtype, limit, data."""
+    notes = []
+    for name in ("weights", "dtype", "limit"):
+        values = {str(column.about.get(name)) for column in columns}
+        if len(values) > 1:
+            notes.append(f"These columns differ in {name}: {', '.join(sorted(values))}.")
+    for part in {part for column in columns for part in column.measured.data}:
+        hashes = {column.measured.data[part] for column in columns if part in column.measured.data}
+        if len(hashes) > 1:
+            notes.append(f"The part {part} asked different things in different columns; compare nothing of it.")
+    incomplete = [column.label for column in columns if not column.about.get("complete")]
+    return notes + ([f"Not finished: {', '.join(incomplete)}."] if incomplete else [])

@@ -1,0 +1,113 @@
+"""Plots as SVG text that takes the colours of the page around it, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from editunlearn.evaluation.report.gathering import Column
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa8833", "#66aacc", "#aa3377", "#888888")
+"""Paul Tol's bright scheme, told apart by people who see few colours, on light and dark ground."""
+INK = "#123456"
+"""Stands for the page's own text colour."""
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def trade_off(columns: Sequence[Column]) -> str | None:
+    """What is left of the forgotten facts against what is kept; best is the upper left corner."""
+    points = [(c, c.value("leak_gen"), c.value("heldout.correct")) for c in columns]
+    shown = [(c, x, y) for c, x, y in points if x is not None and y is not None]
+    if len(shown) < 2:
+        return None
+    figure, axes = _figure(6.0, 3.6)
+    for number, (column, leak, kept) in enumerate(shown):
+        axes.errorbar(
+            leak,
+            kept,
+            xerr=_bars(column, "leak_gen", leak),
+            yerr=_bars(column, "heldout.correct", kept),
+            fmt="osD^vP*"[number % 7],
+            color=COLOURS[number % len(COLOURS)],
+            label=column.label,
+            capsize=2,
+            elinewidth=0.8,
+        )
+    axes.set_xlabel("facts to forget that leak")
+    axes.set_ylabel("held-out facts answered")
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_ylim(None, 1.03)
+    _legend(figure)
+    return _svg(figure)
+
+
+def attacks(columns: Sequence[Column]) -> str | None:
+    """What each way to ask brings out, a group of bars for each."""
+    names = [n for c in columns for n in c.about["summary"] if n.startswith("attack_") and n.endswith("_recovered")]
+    names = ["leak_gen", *dict.fromkeys(names)]
+    shown = [c for c in columns if c.value("leak_gen") is not None]
+    if len(names) < 2:
+        return None
+    figure, axes = _figure(6.0, 3.6)
+    width = 0.8 / len(shown)
+    for number, column in enumerate(shown):
+        values = [column.value(name) or 0.0 for name in names]
+        places = [i + (number - (len(shown) - 1) / 2) * width for i in range(len(names))]
+        axes.bar(places, values, width * 0.9, color=COLOURS[number % len(COLOURS)], label=column.label)
+    labels = [n.removeprefix("attack_").removesuffix("_recovered").replace("_", " ") for n in names]
+    axes.set_xticks(range(len(names)), ["as written", *labels[1:]], rotation=25, ha="right", fontsize=8)
+    axes.set_ylabel("facts that come out")
+    axes.set_ylim(0, 1.03)
+    _legend(figure)
+    return _svg(figure)
+
+
+def _bars(column: Column, name: str, value: float) -> list[list[float]] | None:
+    found: Mapping[str, Any] = column.about["summary"][name]
+    if found["low"] is None or found["high"] is None:
+        return None
+    return [[max(0.0, value - found["low"])], [max(0.0, found["high"] - value)]]
+
+
+def _legend(figure: Any) -> None:
+    figure.legend(loc="outside upper left", frameon=False, fontsize=8, labelcolor=INK, ncols=4)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """The drawing alone, without what would make two equal runs differ (date, random ids)."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "editunlearn", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    body = text.getvalue()
+    body = body[body.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)

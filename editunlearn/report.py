@@ -1,0 +1,70 @@
+"""Put evaluations side by side on one page: ``python -m editunlearn.report --runs runs/evaluate --out report``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from editunlearn.cli import Checks, check_writable, parser, run_command
+
+EXAMPLES = """\
+  editunlearn evaluate --delta runs/memit --base --suite facts --facts forget.jsonl && editunlearn report
+  editunlearn report --runs runs/evaluate/base runs/evaluate/memit other/results.json --out comparison"""
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags."""
+    p = parser("report", __doc__ or "", EXAMPLES)
+    p.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        default=[Path("runs/evaluate")],
+        metavar="DIR",
+        help="results files, or folders with them somewhere below (default: runs/evaluate)",
+    )
+    p.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write to (default: runs/report)")
+    p.add_argument("--title", default="What was forgotten, what stayed", help="of the page")
+    p.add_argument("--json", action="store_true", help="names of the files as JSON on standard output")
+    p.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_command(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    args = arguments(argv)
+    from editunlearn.artifacts import atomic_write_text
+    from editunlearn.console import Console
+    from editunlearn.evaluation.report import gathering, page
+
+    console = Console(quiet=args.quiet, json=args.json)
+    checks = Checks()
+    found = checks.run(lambda: gathering.gather(args.runs))
+    checks.run(lambda: check_writable(args.out, "--out"))
+    checks.finish()
+    assert found is not None  # noqa: S101 - finish() raised otherwise
+    sections = [page.section(suite, columns) for suite, columns in found.items()]
+    written = {
+        "report.html": page.html(args.title, sections),
+        "report.md": page.markdown(args.title, sections),
+        "report.csv": page.csv_text(sections),
+    }
+    for name, text in written.items():
+        atomic_write_text(args.out / name, text)
+    for part in sections:
+        for verdict in part.verdicts:
+            console.result(f"{part.suite}, {verdict.label}: {verdict.headline}")
+        for note in part.notes:
+            console.warn(f"{part.suite}: {note}")
+    console.info(f"saved: {', '.join(written)} in {args.out}")
+    console.result_json({name: str(args.out / name) for name in written})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
