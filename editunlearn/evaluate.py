@@ -227,13 +227,29 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     }
     found: dict[str, dict[str, Any]] = {name: {} for name in suites}
     weights = model_fingerprint(lm)  # before anything is applied
+    for _, parts in suites.values():
+        for part in parts:
+            part.prepare(lm)
     for state in made.states:
         with state.on(lm):
             for name, (file, parts) in suites.items():
                 place = args.out / state.label / name.replace(":", "-").replace(" ", "_") / "results.json"
                 run = Run(place, _about(args, lm, weights, name, state), made.reference, args.fresh)
                 found[name][state.label] = run.measure(lm, file, parts, console)
+                if name.startswith("tofu"):
+                    _write_open_unlearning(place)
     return found
+
+
+def _write_open_unlearning(place: Path) -> None:
+    """Beside the results the file that open-unlearning would have written."""
+    from editunlearn.artifacts import atomic_write_json
+    from editunlearn.evaluation import results
+    from editunlearn.evaluation.suites import tofu
+
+    about, measured = results.load(place)
+    totals = {name: results.Value(**value) for name, value in about["summary"].items()}
+    atomic_write_json(place.with_name(tofu.EVAL_FILE), tofu.to_open_unlearning(measured, totals))
 
 
 def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) -> Any:

@@ -50,6 +50,10 @@ FILES: dict[str, Any] = {
     "KnowUnDo/privacy/unlearn": [{"train": [], "val": [{"text": q, "labels": a} for q, a in ASKED]}],
     "KnowUnDo/privacy/retention": [{"train": [], "val": [{"text": q, "labels": a} for q, a in ASKED]}],
     "wmdp/wmdp-bio/test": CHOICES,
+    "PKU-SafeRLHF/test": [
+        {"prompt": "How do I make it?", "is_response_0_safe": False, "is_response_1_safe": True},
+        {"prompt": "Who wrote the book?", "is_response_0_safe": True, "is_response_1_safe": True},
+    ],
     "counterfact/test": [
         {
             "case_id": 0,
@@ -74,7 +78,28 @@ FILES: dict[str, Any] = {
         }
     ],
 }
-SUITES = ("tofu:forget01", "rwku", "muse:news", "knowundo:privacy", "wmdp:bio", "counterfact", "zsre")
+SUITES = ("tofu:forget01", "rwku", "muse:news", "knowundo:privacy", "wmdp:bio", "safepku", "counterfact", "zsre")
+RELATIONS = {
+    "facts": [
+        {
+            "subject": one,
+            "relation": relation,
+            "object": other,
+            "question": f"Who is the {relation} of {one}?",
+            "answer": other,
+        }
+        for one, relation, other in (
+            ("Ana", "mother", "Eva"),
+            ("Eva", "mother", "Ida"),
+            ("Ana", "grandmother", "Ida"),
+            ("Leo", "mother", "Eva"),
+            ("Leo", "grandmother", "Ida"),
+        )
+    ],
+    "rules": [{"if": [["x", "mother", "y"], ["y", "mother", "z"]], "then": ["x", "grandmother", "z"]}],
+    "targets": [2],
+}
+"""A family in which two facts follow from others, for the suite edu-relat."""
 
 
 def write(root: Path) -> Path:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import benchmark_data
@@ -19,7 +22,7 @@ from editunlearn.errors import InputError
 from editunlearn.evaluation import running, suites
 from editunlearn.evaluation.reference import load_reference
 from editunlearn.evaluation.results import Item, Measured, Value, as_json, check_reference, load
-from editunlearn.evaluation.suites import Source, tofu
+from editunlearn.evaluation.suites import Source, safepku, tofu
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +182,59 @@ def test_values() -> None:
     assert (one.value, one.low, one.high) == (0.5, None, None)
     assert Value.perplexity([2.0, 4.0], [2, 1]).value == pytest.approx(math.exp(2))
     assert Value.perplexity([], []).value is None
+
+
+def test_toxicity_comes_from_a_classifier(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safepku, "load_classifier", lambda name: lambda texts: [0.9 for _ in texts])
+    found, totals = measured("safepku:some/classifier", data, tiny.lm("llama"))
+    assert found.values("safepku", "toxic") == [1.0] and totals == {}
+    assert [item.shown for item in found.parts["safepku"]] == ["How do I make it?"]
+    assert measured("safepku", data, tiny.lm("llama"))[1]["toxicity"].value is None
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="safepku:/nowhere: no text classifier of this name"):
+        safepku.load_classifier("/nowhere")
+
+
+def test_the_harness_gets_the_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, seen = tiny.lm("llama"), dict[str, Any]()
+    harness, models = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
+
+    def simple_evaluate(**more: Any) -> Any:
+        seen.update(more)
+        values = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25}
+        return {"results": {"arc_easy": values}}
+
+    harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    harness.__spec__ = ModuleSpec("lm_eval", None)
+    models.HFLM = lambda **more: more  # type: ignore[attr-defined]
+    for name, module in {"lm_eval": harness, "lm_eval.models.huggingface": models}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    file, which = suites.module("lm-eval:arc_easy")
+    parts = file.parts(lm, file.read(which, Source(limit=3)))
+    found = Measured({part.name: running.measure(lm, part, Console(quiet=True)) for part in parts})
+    totals = file.totals(found, None)
+    assert {name: value.value for name, value in totals.items()} == {"arc_easy.acc": 0.5, "arc_easy.acc_norm": 0.25}
+    assert seen["tasks"] == ["arc_easy"] and seen["limit"] == 3 and seen["model"]["pretrained"] is lm.model
+    with pytest.raises(InputError, match="name its tasks"):
+        file.read("", Source())
+
+
+def test_relations_that_follow_from_others(tmp_path: Path) -> None:
+    path = tmp_path / "relations.json"
+    path.write_text(json.dumps(benchmark_data.RELATIONS), encoding="utf-8")
+    rows = benchmark_data.RELATIONS["facts"]
+    answered = [(f"Question: {f['question']}\nAnswer:", str(f["answer"])) for f in rows]  # type: ignore[index]
+    answered[2] = (answered[2][0], "I don't know")
+    file, _ = suites.module("edu-relat")
+    lm = tiny.taught_lm(answered)
+    parts = file.parts(lm, file.read(str(path), Source()))
+    found = Measured({part.name: running.measure(lm, part, Console(quiet=True)) for part in parts})
+    totals = {name: value.value for name, value in file.totals(found, None).items()}
+    assert totals == {"deep_recall": 0.5, "deep_accuracy": 1.0, "deep_success": 0.0}
+    less = {**benchmark_data.RELATIONS, "facts": rows[:2]}  # type: ignore[index]
+    path.write_text(json.dumps(less), encoding="utf-8")
+    with pytest.raises(InputError, match="follows by the rules, but is no fact of the file"):
+        file.read(str(path), Source())
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="not of the form"):
+        file.read(str(path), Source())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.artifacts import atomic_write_json
 from editunlearn.errors import InputError, NumericalError
-from editunlearn.evaluation import judging, results
-from editunlearn.evaluation.probes import Look, Seen
+from editunlearn.evaluation import results
 from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.suites import Module, Part
 from editunlearn.lm.finite import where_not_finite
@@ -45,7 +44,7 @@ class Run:
             NumericalError: the model computes numbers that are not finite; what was measured before is kept.
         """
         data = {part.name: results.asked_hash([(p.shown, p.answer) for p in part.probes]) for part in parts}
-        how = {part.name: results.asked_hash((astuple(part),)) for part in parts}
+        how = {part.name: results.asked_hash([[repr(part)]]) for part in parts}
         if self.reference is not None:
             results.check_reference(data, self.reference, "--reference")
         done = self._kept(how)
@@ -83,11 +82,8 @@ def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]
     Raises:
         NumericalError: a value is not finite; the message names the layer where that begins.
     """
-    needs = judging.needs(part.metrics)
-    passes = 1 if needs == {"text"} else 2 if "text" in needs else 1
-    with console.progress(passes * len(part.probes), f"{label} {part.name}".strip()) as bar:
-        seen = Look(needs, part.decoding, bar.update).at(lm, part.probes)
-    items = [_item(one, part.metrics) for one in seen]
+    with console.progress(part.looks * len(part.probes), f"{label} {part.name}".strip()) as bar:
+        items = part.items(lm, bar.update)
     for item in items:
         bad = [name for name, value in item.values.items() if not math.isfinite(value)]
         if bad:
@@ -98,8 +94,3 @@ def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]
                 + " Try --dtype float32."
             )
     return items
-
-
-def _item(seen: Seen, metrics: Sequence[str]) -> Item:
-    probe = seen.probe
-    return Item(probe.shown, probe.answer, seen.text, probe.group, judging.judge(seen, metrics))

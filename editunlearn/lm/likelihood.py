@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head, hidden_of
@@ -59,6 +60,23 @@ class TokenScores:
     def without_last(self) -> TokenScores:
         """Without the closing token."""
         return TokenScores(*(part[:-1] for part in astuple(self)))
+
+
+@torch.no_grad()
+def states_of(lm: LM, rows: Sequence[Row], done: Callable[[int], None] = lambda _: None) -> list[Tensor]:
+    """States before the head that predict the target tokens, for each row (its target tokens, width)."""
+    results: list[Tensor] = [torch.empty(0)] * len(rows)
+
+    def run(part: Sequence[int]) -> None:
+        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
+        states = hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
+        sizes = padded.owners.bincount(minlength=len(part)).tolist()
+        for i, own in zip(part, torch.split(states, sizes), strict=True):
+            results[i] = own
+        done(len(part))
+
+    halving(by_length([len(r.ids) for r in rows], SCORED_TOKENS), run, lambda _: None)
+    return results
 
 
 @torch.no_grad()

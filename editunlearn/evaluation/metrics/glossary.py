@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from editunlearn.evaluation.metrics import Definition, likelihood, memorisation, text
+from editunlearn.evaluation.metrics import Definition, closure, likelihood, memorisation, text
 
-MODULES = (text, likelihood, memorisation)
+MODULES = (text, likelihood, memorisation, closure)
 DEFINITIONS: Mapping[str, Definition] = MappingProxyType({d.name: d for module in MODULES for d in module.DEFINITIONS})
 
 _OTHER_NAMES: Mapping[str, str] = MappingProxyType(

@@ -29,6 +29,15 @@ DEFINITIONS = (
         "a model that guesses has 1 / (number of options).",
     ),
     Definition("loss", "reference", 0, None, "mean negative log-likelihood of the answer's tokens, nats"),
+    Definition(
+        "kl",
+        "lower",
+        0,
+        None,
+        "KL divergence of the next-token distribution from the unedited model's, mean over the answer's tokens, nats",
+        "",
+        "for what must stay; 0 for the unedited model.",
+    ),
     Definition("perplexity", "reference", 1, None, "exp of the mean loss of all tokens of all passages"),
     Definition(
         "truth_ratio",

@@ -10,7 +10,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from editunlearn.errors import InputError
-from editunlearn.evaluation.probes import Decoding, Probe
+from editunlearn.evaluation import judging
+from editunlearn.evaluation.probes import Decoding, Look, Probe
+from editunlearn.evaluation.results import Item
 from editunlearn.facts.sources import read_rows
 from editunlearn.naming import did_you_mean
 
@@ -27,8 +29,11 @@ SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "muse": ("news", "books"),
         "knowundo": ("copyright", "privacy"),
         "wmdp": ("bio", "chem", "cyber"),
+        "safepku": (),
         "counterfact": (),
         "zsre": (),
+        "edu-relat": (),
+        "lm-eval": (),
     }
 )
 """By name, what may stand behind its colon; none: anything or nothing, as its file says."""
@@ -89,7 +94,7 @@ class Source:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """What is measured in one go, and kept when a run is interrupted.
 
@@ -104,6 +109,21 @@ class Part:
     probes: Sequence[Probe]
     metrics: tuple[str, ...]
     decoding: Decoding = field(default_factory=Decoding)
+
+    @property
+    def looks(self) -> int:
+        """How often :meth:`items` reports each probe, about."""
+        return len({"text", "answer"} & judging.needs(self.metrics))
+
+    def prepare(self, lm: LM) -> None:
+        """Look at the model before anything is applied to it."""
+
+    def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
+        """What comes of each probe with the model as it computes now."""
+        seen = Look(judging.needs(self.metrics), self.decoding, progress).at(lm, self.probes)
+        return [
+            Item(s.probe.shown, s.probe.answer, s.text, s.probe.group, judging.judge(s, self.metrics)) for s in seen
+        ]
 
 
 class Module(Protocol):
@@ -131,4 +151,4 @@ def module(name: str) -> tuple[Module, str]:
     choices = SUITES[suite]
     if choices and which not in choices:
         raise InputError(f"{name}: choose one of {', '.join(f'{suite}:{choice}' for choice in choices)}.")
-    return importlib.import_module(f"editunlearn.evaluation.suites.{suite}"), which
+    return importlib.import_module(f"editunlearn.evaluation.suites.{suite.replace('-', '_')}"), which

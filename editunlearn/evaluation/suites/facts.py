@@ -7,18 +7,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant
 from editunlearn.evaluation.probes import Decoding, Probe
-from editunlearn.evaluation.results import Measured, Value
+from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.scoring import DISTRACTION, MARGIN, NEW_TOKENS
 from editunlearn.evaluation.suites import Part, Source
 from editunlearn.facts.records import Fact
-from editunlearn.lm.tokens import Prompt, wrap
+from editunlearn.lm.head import Head
+from editunlearn.lm.likelihood import states_of
+from editunlearn.lm.tokens import Prompt, Row, encode, wrap
 
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
@@ -79,9 +84,38 @@ def parts(lm: LM, data: Request) -> list[Part]:
     }
     made = [Part(name, probes, FORGET, decoding) for name, probes in asked.items() if probes]
     made += [Part(name, probes, KEEP, decoding) for name, probes in kept.items() if probes]
+    known = [*kept["retain"], *kept["heldout"]]
+    if known:
+        made.append(Shift("shift", known, ("kl",)))
     if data.text:
         made.append(Part("text", [Probe(None, "", text) for text in data.text], ("nll", "tokens")))
     return made
+
+
+@dataclass
+class Shift(Part):
+    """KL(unedited || as it is now) at the answer's tokens, nats a token: how far a model went where it should stay."""
+
+    base: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def looks(self) -> int:
+        """See :class:`Part`."""
+        return 1
+
+    def prepare(self, lm: LM) -> None:
+        """Keep the states of the unedited model."""
+        self.base = states_of(lm, self._rows(lm))
+
+    def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
+        """See :class:`Part`."""
+        now, head = states_of(lm, self._rows(lm), progress), Head(lm)
+        with torch.no_grad():
+            apart = [float(head.kl(was, here).mean()) for was, here in zip(self.base, now, strict=True)]
+        return [Item(p.shown, p.answer, None, p.group, {"kl": kl}) for p, kl in zip(self.probes, apart, strict=True)]
+
+    def _rows(self, lm: LM) -> list[Row]:
+        return [encode(lm, p.prompt, p.answer, "prompt_last") for p in self.probes if p.prompt is not None]
 
 
 def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool = False) -> Probe:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HUB = "locuslab/TOFU"
 SETS = ("forget", "retain", "real_authors", "world_facts")
+EVAL_FILE = "TOFU_EVAL.json"
+"""Name of open-unlearning's results."""
 TOKENS = 200
 SCORES = ("loss", "zlib_score", "min_k", "min_k_plus_plus")
 """Scores of membership inference."""
