@@ -135,7 +135,7 @@ def test_a_schedule_goes_on_where_it_stopped() -> None:
     assert resumed.may_grow(50) and not resumed.may_grow(49)
 
 
-def test_a_fact_is_learned_when_greedy_decoding_gives_its_target_at_most_prompts() -> None:
+def test_a_fact_is_learned_when_greedy_decoding_gives_its_target_at_all_prompts_but_one() -> None:
     lm, warnings = tiny.lm("gemma2"), list[str]()
     rows = []
     for start in ((5, 6, 7), (3, 4), (9, 8, 7, 6)):
@@ -155,8 +155,8 @@ def test_a_fact_is_learned_when_greedy_decoding_gives_its_target_at_most_prompts
     assert share(rows, rows[:1]) == 1.0
     for place in (-1, -3):  # the last and the first token of the target
         bad = spoilt(rows[0], place)
-        assert share([bad], rows[1:]) == 0.5 == share([bad, rows[1]], rows[1:])
-        assert share([bad, *rows[1:]], rows) == 1.0
+        assert share([bad], rows[1:]) == 0.5 == share([bad, bad, rows[1]], rows[1:])
+        assert share([bad, *rows[1:]], [bad, rows[1]]) == 1.0
     assert not warnings
 
 
