@@ -52,6 +52,7 @@ class Plan:
         config: of the model.
         save: what to write, always with ``delta``.
         past: keys of earlier edits.
+        report: write a page for the browser, too.
     """
 
     hp: EditorHParams
@@ -63,6 +64,7 @@ class Plan:
     save: tuple[str, ...]
     out: Path
     past: PastKeys | None
+    report: bool
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -90,7 +92,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--save", default="delta", help=f"comma-separated: {', '.join(KINDS)}; the delta is always saved"
     )
     group.add_argument(
-        "--evaluate", choices=("facts", "none"), default="facts", help="what to measure before and after"
+        "--evaluate",
+        choices=("facts", "quick", "none"),
+        default="facts",
+        help="what to measure before and after; quick: write report.html, too, which has the text of the facts in it",
     )
     group.add_argument(
         "--store-facts", action="store_true", help="keep the text of the facts in delta.json (they are private)"
@@ -140,7 +145,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
         checks.run(lambda: check_out(out, args, hp, filled, retain, past))
     checks.finish()
     assert hp is not None  # noqa: S101 - finish() raised otherwise
-    return Plan(hp, facts, filled, strategy(facts, args.targets), retain, config, save, out, past)
+    how = strategy(facts, args.targets)
+    return Plan(hp, facts, filled, how, retain, config, save, out, past, args.evaluate == "quick")
 
 
 def _facts(
@@ -232,7 +238,7 @@ def run(args: argparse.Namespace, made: Plan, console: Console, command: str) ->
         out=made.out,
         cache=args.cache_dir or default_cache_dir(),
         past=made.past,
-        evaluate=args.evaluate == "facts",
+        evaluate=args.evaluate != "none",
         fresh=args.fresh,
         store_facts=args.store_facts,
         save_delta=False,

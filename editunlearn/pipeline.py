@@ -34,7 +34,7 @@ WORK = ".work"
 """Folder in a run directory with the finished stages of an unfinished run."""
 DERIVED = ("lora", "merged")
 """Folders in a run directory that are made from its delta."""
-FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "results.json", "timing.json")
+FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "report.html", "results.json", "timing.json")
 """Files of a run directory beside the manifest, which is written last."""
 
 

@@ -190,6 +190,8 @@ def write(
             lm.tokenizer.save_pretrained(folder)
             atomic_write_text(folder / "README.md", model_card(manifest, rows, [command], kind="merged"))
     atomic_write_json(out / "results.json", results(outcome, lm.name))
+    if made.report:
+        atomic_write_text(out / "report.html", _page(outcome, lm))
     atomic_write_json(
         out / "timing.json",
         {
@@ -200,6 +202,20 @@ def write(
     )
     atomic_write_text(out / "README.md", model_card(manifest, rows, [command], kind="delta"))
     finish(out, outcome.delta, outcome.request.facts if store_facts else None)
+
+
+def _page(outcome: Outcome, lm: LM) -> str:
+    from editunlearn.evaluation.report.of_scores import one_page
+
+    assert outcome.before is not None and outcome.after is not None  # noqa: S101 - it was measured
+    about = {
+        "model": lm.name,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "method": outcome.delta.manifest.method,
+        "environment": dict(environment()),
+    }
+    title = f"{len(outcome.request.facts)} facts, {outcome.delta.manifest.method} on {lm.name}"
+    return one_page(title, outcome.before, outcome.after, about)
 
 
 def results(outcome: Outcome, model: str) -> dict[str, Any]:

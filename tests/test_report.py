@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from runs import call
 
 from editunlearn.evaluation.metrics.glossary import better, definition_of
@@ -183,3 +184,15 @@ def test_every_number_is_linked_to_its_definition(name: str, definition: str, wa
     found = definition_of(name)
     assert found is not None and found.name == definition and better(name) == way
     assert definition_of("something else") is None and better("something else") == "reference"
+
+
+def test_apply_can_end_with_the_page(tmp_path: Path) -> None:
+    world = runs.build(tmp_path / "world")
+    done = call("apply", *world.flags(tmp_path / "out", "--evaluate", "quick"))
+    assert done.code == 0, done.err
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "2 facts, memit on" in text and "Danielle Darrieux" in text and "leak_gen" in text
+    again = call("apply", *world.flags(tmp_path / "plain"))
+    assert again.code == 0 and not (tmp_path / "plain" / "report.html").exists()
+    for path in (tmp_path / "plain").rglob("*.*"):
+        assert path.is_dir() or b"Darrieux" not in path.read_bytes(), path  # the text of facts is kept only if asked
