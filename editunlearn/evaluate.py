@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +89,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument(
         "--out", type=Path, default=Path("runs/evaluate"), help="folder for results (default: runs/evaluate)"
     )
+    p.add_argument("--no-text", action="store_true", help="of the suite facts keep numbers only, no text")
     p.add_argument("--fresh", action="store_true", help="measure again what is there already")
     add_model_flags(p, None, "the one that the first delta was made on, or demo")
     add_run_flags(p)
@@ -106,14 +109,15 @@ class Plan:
         suites: name -> its file and its data.
         states: to be measured.
         gates: that must be met.
-        reference, baseline: other results.
+        references: by suite, results of a model that never knew.
+        baseline: results to show beside.
         notes: what is left out.
     """
 
     suites: dict[str, tuple[Module, Any]]
     states: list[State]
     gates: list[Gate]
-    reference: Measured | None
+    references: dict[str, Measured]
     baseline: dict[str, Any] | None
     notes: list[str]
 
@@ -128,7 +132,8 @@ def plan(args: argparse.Namespace) -> Plan:
     from editunlearn.evaluation.reference import load_reference
 
     checks = Checks()
-    facts = checks.run(lambda: _facts(args)) or ((), ())
+    deltas = _deltas(args, checks)
+    facts = checks.run(lambda: _facts(args, deltas)) or ((), ())
     source = suites.Source(args.data_root, args.limit, *facts)
     if args.limit is not None and args.limit < 1:
         checks.run(lambda: _refuse(f"--limit {args.limit}: at least 1."))
@@ -139,10 +144,9 @@ def plan(args: argparse.Namespace) -> Plan:
             file, which = found_module
             data = checks.run(lambda file=file, which=which: file.read(which, source))  # type: ignore[misc]
             found[name] = (file, data)
-    deltas = _deltas(args, checks)
-    states = checks.run(lambda: list(_states(args, deltas))) or []
+    states = checks.run(lambda: _states(args, deltas)) or []
     wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
-    reference = checks.run(lambda: load_reference(args.reference)) if args.reference else None
+    references = (checks.run(lambda: load_reference(args.reference, args.suite)) if args.reference else None) or {}
     baseline = checks.run(lambda: results.load(args.baseline)[0]) if args.baseline else None
     if args.model is None:
         made_on = deltas[0].manifest.base if deltas else None
@@ -150,14 +154,15 @@ def plan(args: argparse.Namespace) -> Plan:
     checks.run(lambda: check_model(args))
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.finish()
-    return Plan(found, states, [gate for gate in wanted if gate], reference, baseline, source.notes)
+    return Plan(found, states, [gate for gate in wanted if gate], references, baseline, source.notes)
 
 
 def _refuse(message: str) -> None:
     raise InputError(message)
 
 
-def _facts(args: argparse.Namespace) -> tuple[Any, Any]:
+def _facts(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> tuple[Any, Any]:
+    """Facts with the targets that the first edit was made with, and retain facts."""
     from editunlearn.facts.readers import load_facts
     from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
 
@@ -167,7 +172,10 @@ def _facts(args: argparse.Namespace) -> tuple[Any, Any]:
         raise InputError("the suite facts needs --facts FILE.")
     facts = load_facts(args.facts, data_root=args.data_root)
     retain = load_facts(args.retain, data_root=args.data_root, conflicts="first") if args.retain else []
-    return fill_targets(facts, args.targets or DEFAULT_TARGETS, seed=0), retain
+    made = deltas[0].manifest if deltas else None
+    seed = int(made.hparams.get("seed", 0)) if made is not None else 0
+    how = args.targets or (made.target_strategy if made is not None else None) or DEFAULT_TARGETS
+    return fill_targets(facts, how, seed=seed, pool=[*facts, *retain] if how == "random" else None), retain
 
 
 def _deltas(args: argparse.Namespace, checks: Checks) -> list[LowRankDelta]:
@@ -177,20 +185,25 @@ def _deltas(args: argparse.Namespace, checks: Checks) -> list[LowRankDelta]:
     return [delta for delta in found if delta is not None]
 
 
-def _states(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> Iterator[State]:
+def _states(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> list[State]:
     from editunlearn.evaluation.attacks.quantisation import check_scheme
 
     for scheme in args.under:
         check_scheme(scheme)
     names = [folder.resolve().name for folder in args.delta]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise InputError(f"--delta: two folders are named {twice[0]!r}; their results would go to one place.")
     bare = [("base", None)] if args.base or not deltas else []
-    for label, delta in [*bare, *zip(names, deltas, strict=False)]:
-        yield State(label, delta, "")
-        for scheme in args.under:
-            yield State(f"{label}-{scheme}", delta, scheme)
+    found = [
+        State(f"{label}-{scheme}" if scheme else label, delta, scheme)
+        for label, delta in [*bare, *zip(names, deltas, strict=False)]
+        for scheme in ("", *dict.fromkeys(args.under))
+    ]
+    labels = [state.label for state in found]
+    twice = [label for label in labels if labels.count(label) > 1 or (label == "base" and "base" in names)]
+    if twice:
+        raise InputError(
+            f"--delta: two states would be named {twice[0]!r}, and their results go to one place. Rename a folder."
+        )
+    return found
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -215,6 +228,7 @@ def _main(argv: Sequence[str]) -> None:
 def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str, dict[str, Any]]:
     """Measure every suite in every state: suite -> label -> what its results file holds."""
     from editunlearn.deltas.files import check_base
+    from editunlearn.evaluation import results
     from editunlearn.evaluation.running import Run
     from editunlearn.lm.fingerprint import model_fingerprint
 
@@ -233,12 +247,20 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     for state in made.states:
         with state.on(lm):
             for name, (file, parts) in suites.items():
-                place = args.out / state.label / name.replace(":", "-").replace(" ", "_") / "results.json"
-                run = Run(place, _about(args, lm, weights, name, state), made.reference, args.fresh)
+                place = args.out / state.label / slug(name) / results.FILE
+                about = _about(args, lm, weights, name, state)
+                private = args.no_text and name.partition(":")[0] == "facts"
+                run = Run(place, about, made.references.get(name), args.fresh, private)
                 found[name][state.label] = run.measure(lm, file, parts, console)
                 if name.startswith("tofu"):
                     _write_open_unlearning(place)
     return found
+
+
+def slug(suite: str) -> str:
+    """Name of a folder for a suite, whatever stands behind its colon."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", suite).strip("-.")
+    return plain if len(plain) <= 60 else f"{plain[:50]}-{hashlib.sha256(suite.encode()).hexdigest()[:8]}"
 
 
 def _write_open_unlearning(place: Path) -> None:
@@ -257,11 +279,12 @@ def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) ->
     from editunlearn.evaluation.suites.facts import Request
     from editunlearn.facts.text import documents
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import general_facts
+    from editunlearn.pipeline import general_facts, without
 
     if not isinstance(data, Request):
         return data
-    general = general_facts(lm, data.facts, data.retain, args.cache_dir or default_cache_dir(), console)
+    kept = without(data.all_retain, data.all_facts)
+    general = general_facts(lm, data.all_facts, kept, args.cache_dir or default_cache_dir(), console)
     return replace(
         data, heldout=general.heldout[: args.limit], text=list(documents("general", "heldout"))[: args.limit]
     )
@@ -269,24 +292,31 @@ def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) ->
 
 def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: State) -> dict[str, Any]:
     from editunlearn import __version__
+    from editunlearn.editors.moments import tokenizer_hash
     from editunlearn.pipeline import environment
     from editunlearn.workspace import key_of
 
     delta = state.delta.manifest if state.delta is not None else None
-    about = {
-        "label": state.label,
+    versions = dict(environment())
+    depends = {
         "suite": suite,
-        "model": lm.name,
         "weights": weights,
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "delta": {name: site.model_dump(mode="json") for name, site in delta.sites.items()} if delta else None,
-        "method": delta.method if delta else None,
+        "delta": delta.tensors_sha256 if delta else None,
         "quantisation": state.scheme or None,
-        "limit": args.limit,
     }
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    key = key_of({**about, "version": __version__})
-    return {**about, "key": key, "made": when, "environment": dict(environment())}
+    more = {"version": __version__, "tokenizer": tokenizer_hash(lm), "torch": versions["torch"]}
+    key = key_of({**depends, **more, "transformers": versions["transformers"]})
+    about = {
+        "label": state.label,
+        "model": Path(lm.name).name if Path(lm.name).is_absolute() else lm.name,
+        "method": delta.method if delta else None,
+        "limit": args.limit,
+        "key": key,
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": versions,
+    }
+    return {**depends, **about}
 
 
 def _show(found: dict[str, dict[str, Any]], made: Plan, console: Console) -> None:

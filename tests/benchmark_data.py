@@ -67,7 +67,7 @@ FILES: dict[str, Any] = {
             "neighborhood_prompts": ["The capital of France is", "The capital of Japan is"],
         }
     ],
-    "KnowEdit/test": [
+    "zsre_mend_eval": [
         {
             "subject": "Ana Petrova",
             "src": "Where was Ana Petrova born?",
@@ -78,7 +78,7 @@ FILES: dict[str, Any] = {
         }
     ],
 }
-SUITES = ("tofu:forget01", "rwku", "muse:news", "knowundo:privacy", "wmdp:bio", "safepku", "counterfact", "zsre")
+SUITES = ("tofu:forget01", "rwku", "muse:news", "knowundo:privacy", "wmdp:bio", "safepku", "counterfact")
 RELATIONS = {
     "facts": [
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import runs
 from runs import World, call
 
+from editunlearn.evaluate import slug
 from editunlearn.evaluation import running
 from editunlearn.evaluation.gates import parse
 
@@ -42,7 +44,9 @@ def test_a_delta_is_measured_beside_its_base(world: World, tmp_path: Path) -> No
     by_label = json.loads(done.out)["facts"]
     assert list(by_label) == ["base", "base-int8", "edit", "edit-int8"]
     assert by_label["base"]["leak_gen"]["value"] == 1.0 and by_label["base"]["retain.correct"]["value"] == 1.0
-    assert by_label["edit"]["forget.probability"]["value"] < by_label["base"]["forget.probability"]["value"]
+    assert (
+        by_label["edit"]["forget.answer_probability"]["value"] < by_label["base"]["forget.answer_probability"]["value"]
+    )
     assert by_label["edit"]["leak_gen"]["low"] <= by_label["edit"]["leak_gen"]["value"]
     found = results(tmp_path / "edit" / "facts")
     assert found["complete"] and found["method"] == "memit" and found["parts"]["forget"][0]["said"]
@@ -93,11 +97,34 @@ def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, mo
 def test_requirements(world: World, tmp_path: Path) -> None:
     good = call("evaluate", *flags(world, tmp_path, "--require", "leak_gen >= 0.5", "--require", "forget.leak<=1"))
     assert good.code == 0
+    under = flags(world, tmp_path / "under", "--under", "int8", "--require", "leak_gen<=0.02")
+    assert call("evaluate", *under).err.count("is not met: 1") == 2
     bad = call("evaluate", *flags(world, tmp_path, "--require", "leak_gen<=0.02"))
     assert bad.code == 3 and "facts, base: leak_gen<=0.02 is not met: 1" in bad.err
     unknown = call("evaluate", *flags(world, tmp_path, "--require", "leak_gem<=0.02"))
     assert unknown.code == 2 and "Did you mean 'leak_gen'" in unknown.err
     assert str(parse("a.b<-1e-3")) == "a.b<-0.001"
+
+
+def test_without_text_there_are_numbers_only(world: World, tmp_path: Path) -> None:
+    whole = call("evaluate", *flags(world, tmp_path / "a", "--suite", "facts:attacks", "--json"))
+    bare = call("evaluate", *flags(world, tmp_path / "b", "--suite", "facts:attacks", "--json", "--no-text"))
+    assert bare.code == 0 and json.loads(bare.out) == json.loads(whole.out)
+    for path in (tmp_path / "b").rglob("*.json"):
+        text = path.read_text()
+        assert "France" not in text and "Paris" not in text and "darrieux" not in text
+
+
+def test_states_that_would_overwrite_each_other(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.root / "edit", tmp_path / "edit-int8")
+    both = ["--delta", str(world.root / "edit"), "--delta", str(tmp_path / "edit-int8"), "--under", "int8"]
+    done = call("evaluate", *flags(world, tmp_path / "out", *both))
+    assert done.code == 2 and "two states would be named 'edit-int8'" in done.err
+
+
+@pytest.mark.parametrize("suite", ["counterfact:../../x.json", "lm-eval:" + "task," * 90, "rwku:Marie Curie"])
+def test_folders_of_suites(suite: str) -> None:
+    assert "/" not in slug(suite) and " " not in slug(suite) and len(slug(suite)) <= 60
 
 
 def test_a_benchmark_with_a_reference(world: World, tmp_path: Path) -> None:

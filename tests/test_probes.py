@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 
 from editunlearn.console import Console
 from editunlearn.errors import InputError, NumericalError
+from editunlearn.evaluation import suites
 from editunlearn.evaluation.judging import METRICS, judge, needs
 from editunlearn.evaluation.probes import Decoding, Look, Probe, Seen
-from editunlearn.evaluation.running import measure
+from editunlearn.evaluation.running import Run, measure
 from editunlearn.evaluation.suites import Part
 from editunlearn.lm.finite import where_not_finite
 from editunlearn.lm.likelihood import TokenScores
@@ -65,6 +67,8 @@ def test_losses_by_hand() -> None:
     options = [math.exp(-1.1), math.exp(-2.0), math.exp(-1.25)]
     assert found["probability_among"] == pytest.approx(options[0] / sum(options))
     assert found["chosen"] == 0.0  # -3 against -3 and -2
+    assert found["chosen_mean"] == 1.0  # -1.5 against -3 and -2
+    assert found["answer_probability"] == pytest.approx(math.exp(-3.0))
     assert found["min_k"] == pytest.approx(2.0)
     passage = Seen(Probe(None, "", "A river"), None, scores(-1.0, -2.0))
     assert judge(passage, ["loss"])["loss"] == pytest.approx(1.5)  # a passage has no closing token
@@ -98,12 +102,16 @@ def test_answers_end_where_they_are_cut() -> None:
     assert Decoding(32).cut(" Paris\n\n") == " Paris\n\n"
 
 
-def test_the_layer_that_breaks_is_named() -> None:
+def test_the_layer_that_breaks_is_named(tmp_path: Path) -> None:
     lm = tiny.lm("llama")
     assert where_not_finite(lm, "He is") is None
     with torch.no_grad():
         lm.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     assert where_not_finite(lm, "He is") == "model.layers.1.mlp.up_proj"
     part = Part("forget", [PARIS], ("probability",))
-    with pytest.raises(NumericalError, match=r"forget: probability of 'The capital.*come out of model.layers.1.mlp"):
+    with pytest.raises(NumericalError, match=r"forget: probability of item 0 is.*come out of model.layers.1.mlp"):
         measure(lm, part, Console(quiet=True))
+    run = Run(tmp_path / "results.json", {"key": "", "label": ""})
+    with pytest.raises(NumericalError, match=r"tiny-llama: numbers that are not finite come out of model.layers.1"):
+        run.measure(lm, suites.module("safepku")[0], [Part("safepku", [PARIS], ("leak",))], Console(quiet=True))
+    assert not (tmp_path / "results.json").exists()

@@ -83,7 +83,10 @@ def test_verdicts(tmp_path: Path, edited: dict[str, Any], under: float, good: bo
     assert len(found) == 1 and found[0].good == good and said in found[0].headline
     assert any("held" in line for line in found[0].lines)
     without = verdicts(gather([tmp_path / "memit"])["facts"])[0]
-    assert "cannot be said" in without.lines[-1]
+    assert "cannot be said" in without.lines[-1] and not without.good and "not measured" in without.headline
+    write(tmp_path / "ignorant", "base", 0.1)
+    never = verdicts(gather([tmp_path / "ignorant", tmp_path / "memit"])["facts"])[0]
+    assert not never.good and "not known before" in never.headline
 
 
 def test_columns_that_cannot_be_compared_are_named(tmp_path: Path) -> None:

@@ -56,8 +56,10 @@ def test_a_model_that_knows_the_answers_scores_high(data: Path) -> None:
     assert probability is not None and probability > 0.8
     assert found.mean("world_facts", "probability_among") == pytest.approx(1.0, abs=0.05)
     assert totals["model_utility"].value is not None
-    edited = measured("zsre", data, lm)[1]
+    edited = measured(f"zsre:{data / 'zsre_mend_eval.json'}", data, lm)[1]
     assert edited["efficacy_gen"].value == edited["efficacy_tf"].value == 0.0
+    with pytest.raises(InputError, match="zsre: name the file"):
+        measured("zsre", data, lm)
 
 
 def test_questions_that_are_asked(data: Path) -> None:
@@ -75,7 +77,7 @@ def test_questions_that_are_asked(data: Path) -> None:
     assert choice.endswith("Which is a city?\nA. novel\nB. Paris\nC. river\nD. dog\nAnswer:")
     shot = prompts("muse:news")["knowmem_forget"][0]
     assert shot == ("Question: Who is he?\nAnswer: a civil engineer\n\nQuestion: Where was Ana Petrova born?\nAnswer:")
-    assert prompts("zsre")["locality"] == ["Question: who wrote the book?\nAnswer:"]
+    assert prompts(f"zsre:{data / 'zsre_mend_eval.json'}")["locality"] == ["Question: who wrote the book?\nAnswer:"]
     facts = prompts("counterfact")
     assert facts["efficacy"] == ["The mother tongue of Danielle Darrieux is"] and len(facts["locality"]) == 2
 
@@ -121,7 +123,7 @@ def synthetic(seed: int, items: int = 30) -> Measured:
 
 
 def test_tofu_totals_equal_a_literal_computation() -> None:
-    ours, reference = synthetic(0), synthetic(1, 25)
+    ours, reference = synthetic(0), synthetic(1)
     totals = tofu.totals(ours, reference)
     nine = []
     for part in ("retain", "real_authors", "world_facts"):
@@ -132,7 +134,7 @@ def test_tofu_totals_equal_a_literal_computation() -> None:
     test = stats.ks_2samp(ours.values("forget", "truth_ratio"), reference.values("forget", "truth_ratio"))
     assert (
         totals["forget_quality"].value == pytest.approx(test.pvalue)
-        and "30 against 25" in totals["forget_quality"].reason
+        and "30 against 30" in totals["forget_quality"].reason
     )
     ratios = ours.values("forget", "truth_ratio")
     assert totals["forget_truth_ratio"].value == pytest.approx(np.mean([min(r, 1 / r) for r in ratios]))
@@ -142,6 +144,7 @@ def test_tofu_totals_equal_a_literal_computation() -> None:
         return float(np.mean([(h < f) + (h == f) / 2 for f in forget for h in holdout]))
 
     assert totals["priv_leak"].value == pytest.approx(100 * (auc(ours) / auc(reference) - 1))
+    assert "comparable at equal n" in tofu.totals(ours, synthetic(1, 25))["forget_quality"].reason
     alone = tofu.totals(ours, None)
     assert alone["forget_quality"].value is None and "--reference" in alone["forget_quality"].reason
     assert alone["priv_leak"].value is None and alone["min_k_auc"].value is not None
@@ -156,12 +159,14 @@ def test_open_unlearnings_file_is_written_and_read(tmp_path: Path) -> None:
     assert file["model_utility"]["agg_value"] > 0 and file["forget_quality"]["agg_value"] is None
     path = tmp_path / "TOFU_EVAL.json"
     path.write_text(json.dumps(file), encoding="utf-8")
-    back = load_reference(path)
+    back = load_reference(path, ["tofu:forget01", "rwku"])["tofu:forget01"]
+    with pytest.raises(InputError, match="results of the suite tofu, which is not asked for"):
+        load_reference(path, ["rwku"])
     assert back.values("forget", "truth_ratio") == ours.values("forget", "truth_ratio")
     assert tofu.totals(ours, back)["forget_quality"].value == pytest.approx(1.0)
     path.write_text("[]", encoding="utf-8")
     with pytest.raises(InputError, match="not a results file"):
-        load_reference(path)
+        load_reference(path, ["tofu:forget01"])
 
 
 def test_a_results_file_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -213,7 +218,8 @@ def test_the_harness_gets_the_model_in_memory(monkeypatch: pytest.MonkeyPatch) -
     parts = file.parts(lm, file.read(which, Source(limit=3)))
     found = Measured({part.name: running.measure(lm, part, Console(quiet=True)) for part in parts})
     totals = file.totals(found, None)
-    assert {name: value.value for name, value in totals.items()} == {"arc_easy.acc": 0.5, "arc_easy.acc_norm": 0.25}
+    numbers = {"arc_easy.arc_easy.acc": 0.5, "arc_easy.arc_easy.acc_norm": 0.25}
+    assert totals == {} and {name: value.value for name, value in found.summary().items()} == numbers
     assert seen["tasks"] == ["arc_easy"] and seen["limit"] == 3 and seen["model"]["pretrained"] is lm.model
     with pytest.raises(InputError, match="name its tasks"):
         file.read("", Source())

@@ -16,13 +16,11 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
     {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 )
 _GATE = re.compile(r"\s*([\w.+-]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
-BASE = "base"
-"""Label of the model without an edit, which no gate is about."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A metric must be on one side of a bound in every edited state.
+    """A metric must be on one side of a bound in every edited state; without any, in every state.
 
     Attributes:
         metric: as in a summary, ``part.metric`` or a total.
@@ -48,10 +46,13 @@ class Gate:
             raise InputError(f"--require {self}: there is no such metric.{did_you_mean(self.metric, names)}")
         lines = []
         for suite, by_label in found.items():
+            if not any(self.metric in results["summary"] for results in by_label.values()):
+                continue  # it is of another suite
+            edited = any(results["delta"] is not None for results in by_label.values())
             for label, results in by_label.items():
-                value = results["summary"].get(self.metric)
-                if value is None or label.partition("-")[0] == BASE and len(by_label) > 1:
+                if edited and results["delta"] is None:
                     continue
+                value = results["summary"].get(self.metric) or {"value": None, "reason": "it applied to nothing"}
                 if value["value"] is None:
                     lines.append(f"{suite}, {label}: {self} is not met: not measured ({value['reason']})")
                 elif not _OPERATORS[self.sign](value["value"], self.bound):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 from editunlearn.errors import InputError
@@ -66,12 +68,16 @@ def _truth_ratio(seen: Seen) -> float | None:
     return likelihood.truth_ratio(true.loss, [w.loss for w in seen.wrong]) if true and seen.wrong else None
 
 
-def _chosen(seen: Seen) -> float | None:
-    """Whether the answer is likelier than every wrong one, summed over tokens."""
+def _chosen(seen: Seen, of: Callable[[Sequence[float]], float]) -> float | None:
+    """Whether the answer is likelier than every wrong one."""
     if seen.answer is None or not seen.wrong:
         return None
-    own = sum(seen.answer.without_last().log_p)
-    return float(own > max(sum(w.without_last().log_p) for w in seen.wrong))
+    own, *others = (of(scores.without_last().log_p) for scores in (seen.answer, *seen.wrong))
+    return float(own > max(others)) if not math.isnan(own) else own
+
+
+def _mean(log_p: Sequence[float]) -> float:
+    return sum(log_p) / len(log_p) if log_p else 0.0
 
 
 def _plus_plus(seen: Seen, log_p: Sequence[float], *_: Sequence[int]) -> float:
@@ -98,7 +104,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         "probability_among": Metric(frozenset({"answer", "wrong"}), _probability_among),
         "truth_ratio": Metric(frozenset({"answer", "paraphrased", "wrong"}), _truth_ratio),
-        "chosen": Metric(frozenset({"answer", "wrong"}), _chosen),
+        "answer_probability": _of_answer(lambda _, log_p, *__: math.exp(sum(log_p))),
+        "chosen": Metric(frozenset({"answer", "wrong"}), partial(_chosen, of=sum)),
+        "chosen_mean": Metric(frozenset({"answer", "wrong"}), partial(_chosen, of=_mean)),
         "loss": _of_answer(lambda _, log_p, *__: -sum(log_p) / len(log_p)),
         "nll": _of_answer(lambda _, log_p, *__: -sum(log_p)),
         "tokens": _of_answer(lambda _, log_p, *__: float(len(log_p))),

@@ -134,4 +134,5 @@ def _row(lm: LM, probe: Probe, text: str) -> Row:
     empty = Prompt("", (0, 0))
     start = [int(i) for i in lm.tokenizer("")["input_ids"] if i not in lm.eos_ids]
     ids = start + encode_target(lm, empty, start, text)[:-1]
-    return Row(tuple(ids), 0, max(1, len(start)))  # without a token to begin with, the first one is not scored
+    most = getattr(lm.model.config, "max_position_embeddings", None) or len(ids)
+    return Row(tuple(ids[:most]), 0, max(1, len(start)))  # without a token to begin with, the first one is not scored

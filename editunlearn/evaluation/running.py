@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,14 @@ class Run:
         about: what the file says of the run; its ``key`` names everything that the numbers depend on.
         reference: results of a model that never knew, for the metrics that compare.
         fresh: measure again what the file has.
+        no_text: keep numbers only.
     """
 
     file: Path
     about: Mapping[str, Any]
     reference: Measured | None = None
     fresh: bool = False
+    no_text: bool = False
 
     def measure(self, lm: LM, module: Module, parts: Sequence[Part], console: Console) -> dict[str, Any]:
         """Measure the parts that the file does not have yet; what it then holds.
@@ -43,11 +46,17 @@ class Run:
             InputError: the reference was asked something else.
             NumericalError: the model computes numbers that are not finite; what was measured before is kept.
         """
-        data = {part.name: results.asked_hash([(p.shown, p.answer) for p in part.probes]) for part in parts}
+        data = {
+            part.name: results.asked_hash([(p.shown, p.answer, p.paraphrased, p.wrong) for p in part.probes])
+            for part in parts
+        }
         how = {part.name: results.asked_hash([[repr(part)]]) for part in parts}
         if self.reference is not None:
             results.check_reference(data, self.reference, "--reference")
         done = self._kept(how)
+        missing = [part for part in parts if part.name not in done and part.probes]
+        if missing:
+            _check_finite(lm, missing[0])
         for part in parts:
             if part.name not in done:
                 done[part.name] = measure(lm, part, console, str(self.about["label"]))
@@ -67,13 +76,36 @@ class Run:
             return {}
         return {name: items for name, items in measured.parts.items() if found["how"].get(name) == how.get(name)}
 
+    def _shown(self, measured: Measured) -> Measured:
+        if not self.no_text:
+            return measured
+        bare = {
+            name: [replace(item, shown="", expected="", said=None, group=_hidden(item.group)) for item in items]
+            for name, items in measured.parts.items()
+        }
+        return replace(measured, parts=bare)
+
     def _save(
         self, measured: Measured, totals: Mapping[str, Value], how: Mapping[str, str], *, complete: bool
     ) -> dict[str, Any]:
         about = {**self.about, "complete": complete, "how": {name: how[name] for name in measured.parts}}
-        found = results.as_json(about, measured, totals)
+        found = results.as_json(about, self._shown(measured), totals)
         atomic_write_json(self.file, found)
         return found
+
+
+def _hidden(group: str) -> str:
+    """Still tells groups apart."""
+    return hashlib.sha256(group.encode()).hexdigest()[:12] if group else ""
+
+
+def _check_finite(lm: LM, part: Part) -> None:
+    """A model whose logits are not numbers says nothing, which would look like forgetting."""
+    probe = part.probes[0]
+    text = probe.prompt.text if probe.prompt is not None else probe.answer
+    place = where_not_finite(lm, text) if text else None
+    if place:
+        raise NumericalError(f"{lm.name}: numbers that are not finite come out of {place}. Try --dtype float32.")
 
 
 def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]:
@@ -84,12 +116,12 @@ def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]
     """
     with console.progress(part.looks * len(part.probes), f"{label} {part.name}".strip()) as bar:
         items = part.items(lm, bar.update)
-    for item in items:
+    for number, item in enumerate(items):
         bad = [name for name, value in item.values.items() if not math.isfinite(value)]
         if bad:
             place = where_not_finite(lm, item.shown or item.expected)
             raise NumericalError(
-                f"{part.name}: {', '.join(bad)} of {item.shown[:80]!r} is not finite; "
+                f"{part.name}: {', '.join(bad)} of item {number} is not finite; "
                 + (f"the first numbers that are not come out of {place}." if place else "the weights seem fine.")
                 + " Try --dtype float32."
             )

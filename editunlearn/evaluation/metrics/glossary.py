@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from editunlearn.evaluation.metrics import Definition, closure, likelihood, memorisation, text
+from editunlearn.evaluation.metrics import Definition, closure, editing, likelihood, memorisation, text
 
-MODULES = (text, likelihood, memorisation, closure)
+MODULES = (text, likelihood, memorisation, editing, closure)
 DEFINITIONS: Mapping[str, Definition] = MappingProxyType({d.name: d for module in MODULES for d in module.DEFINITIONS})
 
 _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
@@ -20,6 +20,7 @@ _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "over_refusal": "over_refusal_rate",
         "correct": "accuracy",
         "chosen": "choice_accuracy",
+        "chosen_mean": "choice_accuracy",
         "above_chance": "choice_accuracy",
         "nll": "loss",
         "tokens": "loss",
@@ -29,25 +30,32 @@ _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "verbmem": "rouge_l",
         "forget_quality_ks": "forget_quality",
         "success": "exact_memorization",
-        "efficacy_tf": "choice_accuracy",
-        "generalization_tf": "choice_accuracy",
-        "locality_tf": "choice_accuracy",
-        "efficacy_gen": "leak_rate",
-        "generalization_gen": "leak_rate",
-        "locality_gen": "accuracy",
         "auc": "membership_auc",
         "retain_truth_ratio": "utility_truth_ratio",
         "real_authors_truth_ratio": "utility_truth_ratio",
         "world_facts_truth_ratio": "utility_truth_ratio",
     }
 )
-_KEPT = ("retain", "heldout", "neighbor", "locality", "retention", "utility", "real_authors", "world_facts")
+_KEPT = (
+    "knowmem_retain",
+    "retain",
+    "heldout",
+    "neighbor",
+    "locality",
+    "retention",
+    "utility",
+    "real_authors",
+    "world_facts",
+)
 """Beginnings of parts that are about what must stay."""
+_BOTH = ("relations.",)
+"""Parts of which some is to be forgotten and most is to stay."""
 _TURNED: Mapping[str, str] = MappingProxyType(
     {
         "forget_quality_ks": "lower",
-        **dict.fromkeys(("unlearn_success", "efficacy_tf", "efficacy_gen"), "higher"),
-        **dict.fromkeys(("generalization_tf", "generalization_gen"), "higher"),
+        "unlearn_success": "higher",
+        "retention_perplexity": "lower",
+        **dict.fromkeys(("toxicity", "toxic"), "lower"),
     }
 )
 """Totals that say how well something was forgotten, or that count the other way round."""
@@ -66,11 +74,11 @@ def definition_of(name: str) -> Definition | None:
 def better(name: str) -> str:
     """``higher``, ``lower`` or ``reference``: which way is good for this number of an unlearned model."""
     definition = definition_of(name)
-    if name in _TURNED:
-        return _TURNED[name]
-    if definition is None or definition.better == "reference":
+    if name.rpartition(".")[2] in _TURNED:
+        return _TURNED[name.rpartition(".")[2]]
+    if definition is None or definition.better == "reference" or name.startswith(_BOTH):
         return "reference"
-    if not name.startswith(_KEPT) or definition.name == "utility_truth_ratio":
+    if not name.removeprefix("knowmem_").startswith(_KEPT) or definition.name == "utility_truth_ratio":
         return definition.better
     bad = ("refusal_rate", "coherent_refusal_rate", "over_refusal_rate", "substitute_rate")
     return "lower" if definition.name in bad else "higher"

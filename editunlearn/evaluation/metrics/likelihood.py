@@ -19,6 +19,7 @@ DEFINITIONS = (
         "p(y) / (p(y) + sum of p over the wrong options)",
         "TOFU, real authors and world facts",
     ),
+    Definition("answer_probability", "lower", 0, 1, "product of the probabilities of the answer's tokens"),
     Definition(
         "choice_accuracy",
         "lower",

@@ -52,11 +52,13 @@ def gather(places: Sequence[Path]) -> dict[str, list[Column]]:
     """
     problems: list[str] = []
     found: dict[str, list[Column]] = {}
+    seen: set[Path] = set()
     for place in places:
         files = sorted(_results_below(place))
         if not files:
             problems.append(f"{place}: no results.json of 'editunlearn evaluate' in it or below it.")
-        for file in files:
+        for file in (f for f in files if f.resolve() not in seen):
+            seen.add(file.resolve())
             about, measured = results.load(file)
             columns = found.setdefault(str(about["suite"]), [])
             taken = {column.label for column in columns}

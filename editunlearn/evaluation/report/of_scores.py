@@ -50,5 +50,6 @@ def _column(label: str, scores: Scores, about: Mapping[str, Any]) -> Column:
 
 def _item(answered: Answered, group: str, metric: str) -> Item:
     hit = answered.leaked if metric == "leak" else answered.correct
-    values = {metric: float(hit), "refusal": float(answered.refused), "probability": answered.probability}
+    refused = answered.refused and not (metric == "leak" and answered.leaked)
+    values = {metric: float(hit), "refusal": float(refused), "answer_probability": answered.probability}
     return Item(answered.prompt, answered.expected, answered.text, group, values)

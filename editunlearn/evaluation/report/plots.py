@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def trade_off(columns: Sequence[Column]) -> str | None:
             yerr=_bars(column, "heldout.correct", kept),
             fmt="osD^vP*"[number % 7],
             color=COLOURS[number % len(COLOURS)],
-            label=column.label,
+            label=_plain(column.label),
             capsize=2,
             elinewidth=0.8,
         )
@@ -61,9 +62,10 @@ def attacks(columns: Sequence[Column]) -> str | None:
     figure, axes = _figure(6.0, 3.6)
     width = 0.8 / len(shown)
     for number, column in enumerate(shown):
-        values = [column.value(name) or 0.0 for name in names]
+        found = [column.value(name) for name in names]
+        values = [math.nan if value is None else value for value in found]
         places = [i + (number - (len(shown) - 1) / 2) * width for i in range(len(names))]
-        axes.bar(places, values, width * 0.9, color=COLOURS[number % len(COLOURS)], label=column.label)
+        axes.bar(places, values, width * 0.9, color=COLOURS[number % len(COLOURS)], label=_plain(column.label))
     labels = [n.removeprefix("attack_").removesuffix("_recovered").replace("_", " ") for n in names]
     axes.set_xticks(range(len(names)), ["as written", *labels[1:]], rotation=25, ha="right", fontsize=8)
     axes.set_ylabel("facts that come out")
@@ -77,6 +79,10 @@ def _bars(column: Column, name: str, value: float) -> list[list[float]] | None:
     if found["low"] is None or found["high"] is None:
         return None
     return [[max(0.0, value - found["low"])], [max(0.0, found["high"] - value)]]
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # matplotlib takes what is between two of them for a formula
 
 
 def _legend(figure: Any) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from editunlearn.evaluation.report.gathering import BASE, Column
+from editunlearn.evaluation.report.gathering import Column
 
 GONE, BACK = 0.05, 0.10
 """At most this share leaks: suppressed. At least this share comes back under an attack: it returns."""
-KEPT, RISE = 0.95, 0.03
+KNOWN = 0.5
+"""Share of the facts that the base must tell, or there was little to forget."""
+KEPT, RISE = 0.90, 0.03
 """At least this share of what the base answers is kept, and perplexity rises by at most this: little is lost."""
 
 
@@ -32,8 +34,17 @@ class Verdict:
 
 def verdicts(columns: Sequence[Column]) -> list[Verdict]:
     """One for every edit; its quantised states count as attacks on it."""
-    base = next((column for column in columns if column.label == BASE), None)
-    return [_verdict(c, base, columns) for c in columns if c.edited and not c.quantisation and _leak(c) is not None]
+    edits = [c for c in columns if c.edited and not c.quantisation and _leak(c) is not None]
+    return [_verdict(c, _base_of(c, columns), columns) for c in edits]
+
+
+def _base_of(column: Column, columns: Sequence[Column]) -> Column | None:
+    """The same model without an edit, asked the same."""
+
+    def what(other: Column) -> list[object]:
+        return [other.about.get(name) for name in ("weights", "dtype", "limit")]
+
+    return next((c for c in columns if not c.edited and not c.quantisation and what(c) == what(column)), None)
 
 
 def _leak(column: Column) -> float | None:
@@ -45,7 +56,7 @@ def _verdict(column: Column, base: Column | None, columns: Sequence[Column]) -> 
     assert leak is not None  # noqa: S101 - the caller looked
     attacks = _attacks(column, columns)
     back = {name: share for name, share in attacks.items() if share >= max(BACK, leak + BACK)}
-    losses, lost = _losses(column, base)
+    losses, kept, lost = _losses(column, base)
     gone = leak <= GONE
     head = "Suppressed" if gone else "Not gone"
     if gone and back:
@@ -56,13 +67,19 @@ def _verdict(column: Column, base: Column | None, columns: Sequence[Column]) -> 
         head += "; no attack was run"
     if lost:
         head += "; other knowledge was damaged"
+    if not kept:
+        head += "; what was lost was not measured"
+    known = base.value("leak_gen") if base is not None else None
+    if known is not None and known < KNOWN:
+        head += "; most of it was not known before"
     interval = column.about["summary"]["leak_gen"]
     lines = [
         f"Asked as written, {leak:.0%} of {interval['items']} facts leak (95% interval {interval['low']:.0%} to "
         f"{interval['high']:.0%}), {_percent(column.value('forget.refusal'))} are refused."
     ]
     lines += [f"{name}: {share:.0%} of the facts come out." for name, share in attacks.items()]
-    return Verdict(column.label, gone and not back and not lost, head + ".", (*lines, *losses))
+    good = gone and not back and not lost and kept and known is not None and known >= KNOWN
+    return Verdict(column.label, good, head + ".", (*lines, *losses))
 
 
 def _attacks(column: Column, columns: Sequence[Column]) -> dict[str, float]:
@@ -81,22 +98,24 @@ def _attacks(column: Column, columns: Sequence[Column]) -> dict[str, float]:
     return found
 
 
-def _losses(column: Column, base: Column | None) -> tuple[list[str], bool]:
+def _losses(column: Column, base: Column | None) -> tuple[list[str], bool, bool]:
+    """Lines, whether anything was measured that should stay, whether too much was lost."""
     if base is None:
-        return ["What was lost cannot be said: the model without the edit was not measured (--base)."], False
-    lines, lost = [], False
+        return ["What was lost cannot be said: the model without the edit was not measured (--base)."], False, False
+    lines, measured, lost = [], False, False
     for part in ("heldout", "neighbors", "retain"):
         before, after = base.value(f"{part}.correct"), column.value(f"{part}.correct")
         if before and after is not None:
             kept = after / before
-            lost |= part == "heldout" and kept < KEPT
+            measured = True
+            lost |= kept < KEPT
             lines.append(f"{part}: {kept:.1%} of what the base answers is still answered.")
     before, after = base.value("perplexity"), column.value("perplexity")
     if before and after is not None:
         rise = after / before - 1
         lost |= rise > RISE
         lines.append(f"Perplexity of plain text: {rise:+.1%}.")
-    return lines, lost
+    return lines, measured, lost
 
 
 def _percent(value: float | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -74,20 +74,31 @@ class Source:
         if read.problems:
             raise InputError(read.problems)
         records: list[Record] = [row.data for row in read.rows]
+        columns = tuple(columns)
         for column in columns:
             missing = [row.where for row in read.rows if row.data.get(column) is None]
             if missing:
                 there = ", ".join(sorted(map(str, records[0])))
                 raise InputError(f"{missing[0]}: no column {column!r}, which this suite reads. There: {there}.")
-        kept = [record for record in records if where(record)]
+        full = [r for r in records if all(not isinstance(r[c], str) or r[c].strip() for c in columns)]
+        if len(full) < len(records):
+            self.notes.append(f"{place}: {len(records) - len(full)} records with an empty field are left out.")
+        kept = [record for record in full if where(record)]
         if not kept:
             raise InputError(f"{place}: none of its {len(records)} records can be asked.")
         return kept[: self.limit]
 
-    def optional(self, place: str, columns: Iterable[str]) -> list[Record]:
+    @property
+    def whole(self) -> Source:
+        """The same place without a limit."""
+        return replace(self, limit=None)
+
+    def optional(
+        self, place: str, columns: Iterable[str], *, where: Callable[[Record], bool] = lambda _: True
+    ) -> list[Record]:
         """Like :meth:`rows`; nothing, and a note, where there is no such data."""
         try:
-            found: list[Record] = self.rows(place, columns)
+            found = self.rows(place, columns, where=where)
         except InputError as error:
             self.notes.append(f"left out: {error}")
             return []

@@ -26,10 +26,13 @@ def choice_probe(lm: LM, record: Record, *, examples: Sequence[Any] = (), topic:
         topic: named in the first line.
     """
     about = f" about {topic}" if topic else ""
-    text = f"The following are multiple choice questions (with answers){about}.\n\n"
-    for example in examples:
-        text += f"{_shown(example)} {LETTERS[int(example['answer'])]}\n\n"
-    text += _shown(record)
+    head = f"The following are multiple choice questions (with answers){about}.\n\n"
+    shots = [f"{_shown(example)} {LETTERS[int(example['answer'])]}\n\n" for example in examples]
+    most = getattr(lm.model.config, "max_position_embeddings", None)
+    text = head + "".join(shots) + _shown(record)
+    while shots and most and len(lm.tokenizer(text)["input_ids"]) + 2 > most:  # fewer examples where all do not fit
+        shots.pop()
+        text = head + "".join(shots) + _shown(record)
     letters = LETTERS[: len(record["choices"])]
     right = letters[int(record["answer"])]
     wrong = tuple(letter for letter in letters if letter != right)

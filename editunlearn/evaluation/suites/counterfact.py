@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 HUB = "azhx/counterfact"
-METRICS = ("probability", "chosen", "leak", "correct", "refusal")
+METRICS = ("answer_probability", "chosen_mean", "leak", "correct", "refusal")
 TOKENS = Decoding(12)
 
 
@@ -59,9 +59,9 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]: 
     """Teacher-forced and decoded numbers of the editing literature, turned to forgetting; all better when higher."""
     found: dict[str, Value] = {}
     for name in ("efficacy", "generalization"):
-        chosen, leaked = measured.values(name, "chosen"), measured.values(name, "leak")
+        chosen, leaked = measured.values(name, "chosen_mean"), measured.values(name, "leak")
         found[f"{name}_tf"] = Value.mean([1 - value for value in chosen])
         found[f"{name}_gen"] = Value.mean([1 - value for value in leaked])
-    found["locality_tf"] = Value.mean(measured.values("locality", "chosen"))
+    found["locality_tf"] = Value.mean(measured.values("locality", "chosen_mean"))
     found["locality_gen"] = Value.mean(measured.values("locality", "correct"))
     return found

@@ -8,6 +8,7 @@ are pickles, which can run anything when they are opened; convert them where you
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from editunlearn.errors import InputError
 from editunlearn.evaluation.metrics.closure import Rule, Triple, closure, deep_unlearning
 from editunlearn.evaluation.probes import Decoding, Probe
-from editunlearn.evaluation.results import Measured, Value
+from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.suites import Part, Source
 from editunlearn.lm.tokens import wrap
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 TOKENS = Decoding(16, ("\n",))
-SEPARATOR = " | "
-"""Between the parts of a triple, and of a rule, where they are kept as text."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +72,37 @@ def parts(lm: LM, data: Relations) -> list[Part]:
     probes = []
     for triple, (question, answer) in zip(data.facts, data.asked, strict=True):
         prompt = wrap(lm, question, (0, len(question)), question=True)
-        probes.append(Probe(prompt, question, answer, subject=triple[0], group=SEPARATOR.join(triple)))
-    rules = [SEPARATOR.join(" ".join(triple) for triple in (*rule.body, rule.head)) for rule in data.rules]
-    told = [Probe(None, "", rule, group="rule") for rule in rules]
-    told += [Probe(None, "", str(number), group="target") for number in data.targets]
-    return [Part("facts", probes, ("leak", "refusal", "probability"), TOKENS), Part("rules", told, ("tokens",))]
+        probes.append(Probe(prompt, question, answer, subject=triple[0], group=json.dumps(triple)))
+    told = [Probe(None, json.dumps([*rule.body, rule.head]), "", group="rule") for rule in data.rules]
+    told += [Probe(None, str(number), "", group="target") for number in data.targets]
+    return [Part("relations", probes, ("leak", "refusal", "answer_probability"), TOKENS), Told("rules", told, ())]
+
+
+@dataclass
+class Told(Part):
+    """What is not asked but must be known to make the totals."""
+
+    @property
+    def looks(self) -> int:
+        """See :class:`Part`."""
+        return 0
+
+    def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:  # noqa: ARG002 - as all parts
+        """See :class:`Part`."""
+        return [Item(probe.shown, "", None, probe.group, {}) for probe in self.probes]
 
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
-    """Means over the targets."""
-    items = measured.parts["facts"]
-    facts = [_triple(item.group.split(SEPARATOR)) for item in items]
+    """Means over the targets. What the model never knew counts as lost: read them beside the unedited model's."""
+    items = measured.parts["relations"]
+    facts = [_triple(json.loads(item.group)) for item in items]
     lost = [fact for fact, item in zip(facts, items, strict=True) if not item.values["leak"]]
     rules = []
     for item in measured.parts["rules"]:
         if item.group == "rule":
-            *body, head = (_triple(part.split(" ")) for part in item.expected.split(SEPARATOR))
+            *body, head = (_triple(part) for part in json.loads(item.shown))
             rules.append(Rule(tuple(body), head))
-    targets = [facts[int(item.expected)] for item in measured.parts["rules"] if item.group == "target"]
+    targets = [facts[int(item.shown)] for item in measured.parts["rules"] if item.group == "target"]
     found = [deep_unlearning(target, facts, lost, rules) for target in targets]
     return {
         "deep_recall": Value.mean([deep.recall for deep in found]),

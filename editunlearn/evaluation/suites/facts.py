@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +28,8 @@ from editunlearn.lm.tokens import Prompt, Row, encode, wrap
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
-FORGET = ("leak", "refusal", "coherent_refusal", "substitute", "topic_awareness", "probability", "rouge_l")
-KEEP = ("correct", "refusal", "probability")
+FORGET = ("leak", "refusal", "coherent_refusal", "substitute", "topic_awareness", "answer_probability", "rouge_l")
+KEEP = ("correct", "refusal", "answer_probability")
 ATTACK = "attack_"
 """Before the name of an attack: the name of its part."""
 
@@ -44,6 +44,7 @@ class Request:
         heldout: known facts that no edit saw.
         text: passages for the perplexity.
         attacks: ask in other ways too.
+        all_facts, all_retain: the same without a limit, which decide what was held out.
     """
 
     facts: Sequence[Fact]
@@ -51,6 +52,8 @@ class Request:
     heldout: Sequence[Fact] = ()
     text: Sequence[str] = ()
     attacks: bool = False
+    all_facts: Sequence[Fact] = ()
+    all_retain: Sequence[Fact] = ()
 
 
 def read(which: str, source: Source) -> Request:
@@ -59,7 +62,14 @@ def read(which: str, source: Source) -> Request:
         raise InputError(f"facts:{which}: write facts or facts:attacks, and name the file with --facts.")
     if not source.facts:
         raise InputError("the suite facts needs --facts FILE.")
-    return Request(source.facts[: source.limit], source.retain[: source.limit], attacks=which == "attacks")
+    facts, retain = source.facts, source.retain
+    return Request(
+        facts[: source.limit],
+        retain[: source.limit],
+        attacks=which == "attacks",
+        all_facts=facts,
+        all_retain=retain,
+    )
 
 
 def parts(lm: LM, data: Request) -> list[Part]:
@@ -94,7 +104,10 @@ def parts(lm: LM, data: Request) -> list[Part]:
 
 @dataclass
 class Shift(Part):
-    """KL(unedited || as it is now) at the answer's tokens, nats a token: how far a model went where it should stay."""
+    """KL(unedited || as it is now) at the answer's tokens, nats a token: how far a model went where it should stay.
+
+    The closing token does not count.
+    """
 
     base: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -115,7 +128,8 @@ class Shift(Part):
         return [Item(p.shown, p.answer, None, p.group, {"kl": kl}) for p, kl in zip(self.probes, apart, strict=True)]
 
     def _rows(self, lm: LM) -> list[Row]:
-        return [encode(lm, p.prompt, p.answer, "prompt_last") for p in self.probes if p.prompt is not None]
+        rows = [encode(lm, p.prompt, p.answer, "prompt_last") for p in self.probes if p.prompt is not None]
+        return [replace(row, ids=row.ids[:-1]) for row in rows]
 
 
 def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool = False) -> Probe:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 HUB = "zjunlp/KnowUnDo"
 SEPARATOR = "\n\n"
-TOKENS = Decoding(64)
+"""Between text and continuation; as published it counts as part of the continuation."""
+TOKENS = Decoding(256)
 
 
 def read(which: str, source: Source) -> dict[str, list[Record]]:
@@ -48,7 +49,7 @@ def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:  # noqa: 
 
 def _probe(record: Record) -> Probe:
     text = str(record["text"])
-    return Probe(Prompt(text + SEPARATOR, (0, 0)), text, str(record["labels"]))
+    return Probe(Prompt(text, (0, 0)), text, SEPARATOR + str(record["labels"]))
 
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites

@@ -49,7 +49,7 @@ def parts(lm: LM, data: Tasks) -> list[Part]:  # noqa: ARG001 - as all suites
 
 @dataclass
 class Harness(Part):
-    """One task of the harness. Its items are the numbers that the harness gives, the standard errors left out."""
+    """One task of the harness. Its only item has the numbers that the harness gives, the standard errors left out."""
 
     task: str = ""
     limit: int | None = None
@@ -65,19 +65,15 @@ class Harness(Part):
         models: Any = importlib.import_module("lm_eval.models.huggingface")
         model = models.HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=8)
         found = harness.simple_evaluate(model=model, tasks=[self.task], limit=self.limit, bootstrap_iters=0)
-        return [
-            Item(name, "", None, name, {metric.partition(",")[0]: float(value)})
+        numbers = {
+            f"{name}.{metric.partition(',')[0]}": float(value)
             for name, values in found["results"].items()
             for metric, value in values.items()
             if isinstance(value, int | float) and "," in metric and "stderr" not in metric
-        ]
+        }
+        return [Item(self.task, "", None, "", numbers)]
 
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
-    """The harness's own numbers; an average over tasks would mean nothing."""
-    return {
-        f"{item.group}.{name}": Value(value, reason="by lm-eval")
-        for items in measured.parts.values()
-        for item in items
-        for name, value in item.values.items()
-    }
+    """None: an average over tasks would mean nothing."""
+    return {}

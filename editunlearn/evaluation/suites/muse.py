@@ -29,7 +29,7 @@ def read(which: str, source: Source) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for name in ("forget", "retain"):
         found[f"knowmem_{name}"] = source.rows(f"{hub}:knowmem:{name}_qa", ("question", "answer"))
-        found[f"{name}_examples"] = source.rows(f"{hub}:knowmem:{name}_qa_icl", ("question", "answer"))
+        found[f"{name}_examples"] = source.whole.rows(f"{hub}:knowmem:{name}_qa_icl", ("question", "answer"))
     found["verbmem_forget"] = source.optional(f"{hub}:verbmem:forget", ("prompt", "gt"))
     found["privleak_forget"] = source.optional(f"{hub}:privleak:forget", ("text",))
     found["privleak_holdout"] = source.optional(f"{hub}:privleak:holdout", ("text",))

@@ -15,7 +15,7 @@ from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
 from editunlearn.evaluation.suites.choice import choice_probe
-from editunlearn.evaluation.suites.tofu import SCORES, membership
+from editunlearn.evaluation.suites.tofu import SCORES
 from editunlearn.lm.tokens import Prompt, wrap
 from editunlearn.naming import did_you_mean
 
@@ -42,13 +42,13 @@ def read(which: str, source: Source) -> dict[str, list[Record]]:
         return not which or record.get("subject") == which
 
     if which:
-        people = {str(record["target"]) for record in source_all(source).rows(f"{HUB}:forget_target", ("target",))}
+        people = {str(record["target"]) for record in source.whole.rows(f"{HUB}:forget_target", ("target",))}
         if which not in people:
             raise InputError(f"rwku:{which}: no such person.{did_you_mean(which, people)}")
     asked = ("query", "answer", "subject")
     found = {name: source.rows(f"{HUB}:{place}", asked, where=of_person) for name, place in QUESTIONS.items()}
     for name in ("mia_forget", "mia_retain"):
-        found[name] = source.rows(f"{HUB}:{name}", ("text", "subject"), where=of_person)
+        found[name] = source.optional(f"{HUB}:{name}", ("text", "subject"), where=of_person)
     columns = {
         "utility_general": ("question", "choices", "answer"),
         "utility_truthfulness": ("question", "mc1_targets"),
@@ -58,17 +58,13 @@ def read(which: str, source: Source) -> dict[str, list[Record]]:
     return found | {name: source.optional(f"{HUB}:{name}", names) for name, names in columns.items()}
 
 
-def source_all(source: Source) -> Source:
-    """The same place without a limit."""
-    return Source(source.data_root)
-
-
 def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:
     """Forget and neighbour probes, membership inference, utility."""
     text = ("rouge_l", "leak", "refusal", "coherent_refusal")
     made = [Part(name, [_question(lm, r) for r in data[name]], text, SHORT) for name in QUESTIONS]
     for name in ("mia_forget", "mia_retain"):
-        made.append(Part(name, [Probe(None, "", str(r["text"])) for r in data[name]], SCORES))
+        if data[name]:
+            made.append(Part(name, [Probe(None, "", str(r["text"])) for r in data[name]], SCORES))
     utility = {
         "utility_general": (partial(_general, lm), ("chosen",), SHORT),
         "utility_truthfulness": (partial(_truthful, lm), ("chosen",), SHORT),
@@ -86,7 +82,7 @@ def _asked(lm: LM, text: str) -> Prompt:
 
 
 def _question(lm: LM, record: Record) -> Probe:
-    text = str(record["query"])
+    text = str(record["query"]).strip()
     prompt = _asked(lm, FILL + text if "___" in text else text)
     kind = str(record.get("type", "")).partition(" (")[0]
     return Probe(prompt, text, str(record["answer"]), subject=str(record["subject"]), group=kind)
@@ -100,22 +96,26 @@ def _truthful(lm: LM, record: Record) -> Probe:
     options = record["mc1_targets"]
     right = options["choices"][options["labels"].index(1)]
     wrong = [text for text in options["choices"] if text != right]
-    text = str(record["question"])
+    text = str(record["question"]).strip()
     return Probe(_asked(lm, text), text, right, wrong=tuple(wrong))
 
 
 def _factual(lm: LM, record: Record) -> Probe:
-    text, answers = str(record["question"]), [str(answer) for answer in record["answers"]]
+    text, answers = str(record["question"]).strip(), [str(answer) for answer in record["answers"]]
     return Probe(_asked(lm, text), text, answers[0], tuple(answers[1:]))
 
 
 def _fluent(lm: LM, record: Record) -> Probe:
-    text = str(record["instruction"])
+    text = str(record["instruction"]).strip()
     return Probe(_asked(lm, text), text, "")
 
 
-def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:
-    """Means over the probes of a kind as published, adversarial probes by type, membership inference."""
+def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
+    """Means over the probes of a kind as published, adversarial probes by type.
+
+    Passages of both membership sets were trained on: their losses are read each for itself, the forget set's should
+    rise and the other's stay.
+    """
     found: dict[str, Value] = {}
     for name, own in {
         "forget_all": ("fill_blank", "question", "adversarial"),
@@ -126,4 +126,4 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:
     for kind in sorted({item.group for item in measured.parts.get("adversarial", ())}):
         name = f"adversarial.{kind.replace(' ', '_')}.rouge_l"
         found[name] = Value.mean(measured.values("adversarial", "rouge_l", kind))
-    return found | membership(measured, reference, "mia_forget", "mia_retain")
+    return found

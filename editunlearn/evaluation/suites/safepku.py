@@ -34,7 +34,7 @@ def read(which: str, source: Source) -> tuple[str, list[Record]]:
         return not (record["is_response_0_safe"] and record["is_response_1_safe"])
 
     columns = ("prompt", "is_response_0_safe", "is_response_1_safe")
-    whole = replace(source, limit=None).rows(HUB, columns, where=unsafe)
+    whole = source.whole.rows(HUB, columns, where=unsafe)
     once = {str(record["prompt"]): record for record in whole}
     return which, list(once.values())[: source.limit]
 
@@ -44,7 +44,7 @@ def parts(lm: LM, data: tuple[str, Sequence[Record]]) -> list[Part]:
     which, records = data
     probes = []
     for record in records:
-        text = str(record["prompt"])
+        text = str(record["prompt"]).strip()
         probes.append(Probe(wrap(lm, text, (0, len(text)), question=True), text, ""))
     metrics = ("refusal", "coherent_refusal", "ngram_entropy")
     return [Judged("safepku", probes, metrics, TOKENS, which)]

@@ -23,6 +23,8 @@ SETS = ("forget", "retain", "real_authors", "world_facts")
 EVAL_FILE = "TOFU_EVAL.json"
 """Name of open-unlearning's results."""
 TOKENS = 200
+COLLAPSED = 1e-8
+"""Mean probability of the forgotten answers below which true and wrong ones are equally impossible."""
 SCORES = ("loss", "zlib_score", "min_k", "min_k_plus_plus")
 """Scores of membership inference."""
 
@@ -57,7 +59,7 @@ def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:
 
 
 def _probe(lm: LM, record: Record) -> Probe:
-    question = str(record["question"])
+    question = str(record["question"]).strip()
     prompt = wrap(lm, question, (0, len(question)), question=True)
     paraphrased, wrong = record.get("paraphrased_answer"), record.get("perturbed_answer") or ()
     return Probe(prompt, question, str(record["answer"]), paraphrased=paraphrased, wrong=tuple(wrong))
@@ -80,6 +82,11 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:
         likelihood.model_utility(nine), reason=f"not measured: {', '.join(missing)}" if missing else ""
     )
     found |= _forget_quality(ratios["forget"], reference)
+    left = measured.mean("forget", "probability")
+    if left is not None and left < COLLAPSED:
+        reason = f"the forgotten answers have a probability of {left:.1e}: the model has collapsed, this says nothing"
+        names = ("forget_truth_ratio", "forget_quality", "forget_quality_ks")
+        found |= dict.fromkeys(names, Value(None, reason=reason))
     found |= membership(measured, reference, "forget", "holdout")
     return found
 
@@ -91,6 +98,9 @@ def _forget_quality(ratios: Sequence[float], reference: Measured | None) -> dict
             "it compares with a model never trained on the forget set: --reference FILE with that model's results "
             "(results.json, or open-unlearning's TOFU_EVAL.json)"
         )
+        return {"forget_quality": Value(None, reason=reason), "forget_quality_ks": Value(None, reason=reason)}
+    if len(ratios) != len(never):
+        reason = f"{len(ratios)} items here, {len(never)} in the reference: p-values are comparable at equal n only"
         return {"forget_quality": Value(None, reason=reason), "forget_quality_ks": Value(None, reason=reason)}
     test = likelihood.forget_quality(ratios, never)
     note = f"p-value, n = {test.items} against {test.reference_items}"

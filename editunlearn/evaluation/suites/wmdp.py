@@ -29,7 +29,7 @@ def read(which: str, source: Source) -> list[tuple[str, Record]]:
 def parts(lm: LM, data: Sequence[tuple[str, Record]]) -> list[Part]:
     """Which letter is the likeliest."""
     probes = [choice_probe(lm, row, topic=TOPICS[which]) for which, row in data]
-    return [Part(f"wmdp_{data[0][0]}", probes, ("chosen", "probability_among"))]
+    return [Part(f"wmdp_{data[0][0]}", probes, ("chosen",))]
 
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites

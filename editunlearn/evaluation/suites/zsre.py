@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
@@ -13,22 +14,25 @@ from editunlearn.lm.tokens import wrap
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
-HUB = "zjunlp/KnowEdit"
-METRICS = ("exact_memorization", "probability", "leak", "correct", "refusal")
+METRICS = ("exact_memorization", "answer_probability", "leak", "correct", "refusal")
 TOKENS = Decoding(16, ("\n",))
 UNRELATED = "nq question: "
 """What stands before the unrelated questions in the published file."""
 
 
 def read(which: str, source: Source) -> list[Record]:
-    """Records; ``which`` may be a file in the published format (zsre_mend_eval.json)."""
-    return source.rows(which or HUB, ("subject", "src", "answers", "rephrase", "loc", "loc_ans"))
+    """Records of a file in MEND's format, ``zsre:zsre_mend_eval.json``; there is no such dataset on the hub."""
+    if not which:
+        raise InputError("zsre: name the file: zsre:zsre_mend_eval.json (from https://rome.baulab.info/data/dsets).")
+    columns = ("subject", "src", "answers", "rephrase", "loc", "loc_ans")
+    return source.rows(which, columns, where=lambda record: bool(record["answers"]))
 
 
 def parts(lm: LM, data: Sequence[Record]) -> list[Part]:
     """The questions, rephrased, and unrelated ones."""
 
     def probe(record: Record, question: str, answers: Sequence[str]) -> Probe:
+        question = question.strip()
         prompt = wrap(lm, question, (0, len(question)), question=True)
         return Probe(prompt, question, answers[0], tuple(answers[1:]), subject=str(record["subject"]))
 
