@@ -59,7 +59,8 @@ def test_attacks_are_parts_of_their_own(world: World, tmp_path: Path) -> None:
     done = call("evaluate", *flags(world, tmp_path, "--suite", "facts:attacks", "--json"))
     assert done.code == 0, done.err
     summary = json.loads(done.out)["facts:attacks"]["base"]
-    assert summary["attack_distraction_recovered"]["items"] == 2
+    assert summary["attack_distraction_recovered"]["items"] == summary["attack_sampling_recovered"]["items"] == 2
+    assert summary["attack_sampling.leak"]["items"] == 16
     assert {"attack_spelling_recovered", "attack_few_shot_recovered", "attack_pressure.leak"} <= summary.keys()
 
 

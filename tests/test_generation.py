@@ -49,6 +49,15 @@ def test_greedy_means_greedy_whatever_the_checkpoint_says() -> None:
     assert generate(lm, prompts(lm), max_new_tokens=8) == before
 
 
+def test_samples_are_seeded_and_differ() -> None:
+    lm, state = tiny.lm(), torch.random.get_rng_state()
+    asked = prompts(lm)[:1] * 6
+    one = generate(lm, asked, max_new_tokens=8, top_k=20, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert generate(lm, asked, max_new_tokens=8, top_k=20, seed=1) == one != generate(lm, asked, max_new_tokens=8)
+    assert len(set(one)) > 1 and one != generate(lm, asked, max_new_tokens=8, top_k=20, seed=2)
+
+
 def test_prefixes_are_deterministic_and_leave_the_random_state_alone() -> None:
     lm = tiny.lm()
     state = torch.random.get_rng_state()
@@ -162,11 +171,11 @@ def test_decoding_survives_running_out_of_memory(monkeypatch: pytest.MonkeyPatch
     prompts = [Prompt(t, (0, len(t))) for t in ("The capital of Japan is", "One", "The bridge is")]
     whole, decode, sizes = generate(lm, prompts, max_new_tokens=4), generation._continue, []
 
-    def scarce(lm: Any, rows: list[list[int]], *more: Any) -> list[str]:
+    def scarce(lm: Any, rows: list[list[int]], *more: Any, **how: Any) -> list[str]:
         sizes.append(len(rows))
         if len(rows) > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return decode(lm, rows, *more)
+        return decode(lm, rows, *more, **how)
 
     monkeypatch.setattr(generation, "_continue", scarce)
     assert generate(lm, prompts, max_new_tokens=4) == whole

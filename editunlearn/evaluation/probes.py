@@ -74,10 +74,12 @@ class Decoding:
     Attributes:
         tokens: at most.
         stops: what ends an answer, itself cut off; leading space does not count.
+        top_k: sample among so many tokens; 0: greedy.
     """
 
     tokens: int = 24
     stops: tuple[str, ...] = ()
+    top_k: int = 0
 
     def cut(self, text: str) -> str:
         """The text up to the first stop."""
@@ -115,7 +117,8 @@ class Look:
         asked = [p.prompt for p in probes if p.prompt is not None]
         if "text" not in self.needs or not asked:
             return [None] * len(probes)
-        said = iter(generate(lm, asked, max_new_tokens=self.decoding.tokens, done=self.progress))
+        how = self.decoding
+        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, done=self.progress))
         return [None if p.prompt is None else self.decoding.cut(next(said)) for p in probes]
 
     def _losses(

@@ -25,19 +25,23 @@ def generate(
     *,
     max_new_tokens: int = 16,
     batch_size: int = 128,
+    top_k: int = 0,
+    seed: int = 0,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Greedy continuations, without special tokens, each ended by the model itself or after ``max_new_tokens``.
 
-    Prompts are sorted by length into left-padded batches; the order of the results is that of ``prompts``. ``done`` is
-    called with the number of prompts of every batch.
+    With ``top_k`` they are sampled, seeded (and depend on what is in one batch). Prompts are sorted by length into
+    left-padded batches; the order of the results is that of ``prompts``. ``done`` is called with the number of prompts
+    of every batch.
     """
     encoded = [encode_prompt(lm, p, "prompt_last")[0] for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     texts = [""] * len(encoded)
 
     def run(part: Sequence[int]) -> None:
-        for i, text in zip(part, _continue(lm, [encoded[i] for i in part], max_new_tokens), strict=True):
+        found = _continue(lm, [encoded[i] for i in part], max_new_tokens, top_k=top_k, seed=seed + part[0])
+        for i, text in zip(part, found, strict=True):
             texts[i] = text
         done(len(part))
 

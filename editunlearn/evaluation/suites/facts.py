@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FORGET = ("leak", "refusal", "coherent_refusal", "substitute", "topic_awareness", "answer_probability", "rouge_l")
 KEEP = ("correct", "refusal", "answer_probability")
+SAMPLES, TOP_K = 8, 50
+"""Tries by sampling, and among how many tokens."""
 ATTACK = "attack_"
 """Before the name of an attack: the name of its part."""
 
@@ -93,6 +95,9 @@ def parts(lm: LM, data: Request) -> list[Part]:
         "heldout": [probe(lm, f, f.prompt) for f in data.heldout],
     }
     made = [Part(name, probes, FORGET, decoding) for name, probes in asked.items() if probes]
+    if data.attacks:
+        drawn = [probe(lm, f, f.prompt) for f in facts for _ in range(SAMPLES)]
+        made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), replace(decoding, top_k=TOP_K)))
     made += [Part(name, probes, KEEP, decoding) for name, probes in kept.items() if probes]
     known = [*kept["retain"], *kept["heldout"]]
     if known:
