@@ -183,6 +183,8 @@ def test_a_results_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_values() -> None:
     assert Value.mean([]).value is None and Value.mean([]).reason
+    none = Measured({"shift": [Item("", "", None, "", {"kl": 0.0, "leak": 0.0})] * 20}).summary()
+    assert none["shift.kl"].high == 0.0 < (none["shift.leak"].high or 0)  # no divergence twenty times is not a rate
     one = Value.mean([0.5])
     assert (one.value, one.low, one.high) == (0.5, None, None)
     assert Value.perplexity([2.0, 4.0], [2, 1]).value == pytest.approx(math.exp(2))

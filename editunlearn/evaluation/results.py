@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from editunlearn.errors import InputError
+from editunlearn.evaluation.metrics.glossary import definition_of
 from editunlearn.evaluation.metrics.intervals import estimate
 
 FORMAT, VERSION = "editunlearn-results", 1
@@ -35,9 +36,9 @@ class Value:
     reason: str = ""
 
     @classmethod
-    def mean(cls, values: Sequence[float], reason: str = "no item to which it applies") -> Value:
-        """Mean of items with its interval."""
-        found = estimate(values)
+    def mean(cls, values: Sequence[float], reason: str = "no item to which it applies", *, share: bool = True) -> Value:
+        """Mean of items with its interval; ``share``: zeros and ones are hits and misses."""
+        found = estimate(values, share=share)
         if found is None:
             return cls(None, reason=reason)
         low, high = (bound if math.isfinite(bound) else None for bound in (found.low, found.high))
@@ -97,7 +98,17 @@ class Measured:
     def summary(self) -> dict[str, Value]:
         """``part.metric`` -> mean with its interval."""
         names = {part: list(dict.fromkeys(m for i in items for m in i.values)) for part, items in self.parts.items()}
-        return {f"{part}.{m}": Value.mean(self.values(part, m)) for part, metrics in names.items() for m in metrics}
+        return {
+            f"{part}.{m}": Value.mean(self.values(part, m), share=_is_share(m))
+            for part, metrics in names.items()
+            for m in metrics
+        }
+
+
+def _is_share(metric: str) -> bool:
+    """Whether a metric lies between 0 and 1, so that zeros and ones are hits and misses."""
+    definition = definition_of(metric)
+    return definition is None or (definition.low, definition.high) == (0, 1)
 
 
 def asked_hash(items: Sequence[Sequence[Any]]) -> str:

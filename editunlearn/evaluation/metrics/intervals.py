@@ -25,11 +25,14 @@ class Estimate(NamedTuple):
     items: int
 
 
-def estimate(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Estimate | None:
+def estimate(values: Sequence[float], *, level: float = 0.95, seed: int = 0, share: bool = True) -> Estimate | None:
     """Mean of items with a confidence interval; None when there are none.
 
     For rates (all values 0 or 1) Wilson's interval: resampling would give a rate of 0 of 40 the interval [0, 0]. For
     other values the percentile bootstrap over items.
+
+    Args:
+        share: values of 0 and 1 are hits and misses, not amounts that happen to be so.
 
     Raises:
         ValueError: a value is not finite.
@@ -42,7 +45,7 @@ def estimate(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> 
     if not np.isfinite(items).all():
         raise ValueError("estimate: a value is not finite")
     mean = float(items.mean())
-    if np.isin(items, (0.0, 1.0)).all():
+    if share and np.isin(items, (0.0, 1.0)).all():
         found = stats.binomtest(int(items.sum()), len(items)).proportion_ci(level, method="wilson")
         return Estimate(mean, float(found.low), float(found.high), len(items))
     if len(items) == 1:
