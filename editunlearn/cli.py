@@ -212,7 +212,7 @@ def load_model(args: argparse.Namespace) -> LM:
 
 
 def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Call a command; exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Call a command; exit codes: 0 done, 1 failed, 2 bad input, 3 a requirement not met, 130 interrupted."""
     from editunlearn.console import Console
 
     args = list(sys.argv[1:] if argv is None else argv)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +28,7 @@ if TYPE_CHECKING:
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.evaluation.gates import Gate
     from editunlearn.evaluation.results import Measured
+    from editunlearn.evaluation.states import State
     from editunlearn.evaluation.suites import Module
     from editunlearn.lm.loading import LM
 
@@ -40,29 +38,6 @@ EXAMPLES = """\
   editunlearn evaluate --delta runs/memit --suite facts --facts forget.jsonl --require "leak_gen<=0.02"
   editunlearn evaluate --model my/model --suite tofu:forget10 --reference retrained/results.json
   editunlearn evaluate --delta runs/a --delta runs/b --suite "rwku:Stephen King" --data-root data/ --limit 50"""
-
-
-@dataclass(frozen=True)
-class State:
-    """A model as it is to be measured.
-
-    Attributes:
-        label: of its column, and of its folder.
-        delta: applied to the model, if any.
-        scheme: of quantisation, "" for none.
-    """
-
-    label: str
-    delta: LowRankDelta | None
-    scheme: str
-
-    def on(self, lm: LM) -> AbstractContextManager[Any]:
-        """The model is in this state inside."""
-        from editunlearn.evaluation.attacks.quantisation import quantised
-
-        if self.scheme:
-            return quantised(lm, self.scheme, self.delta)
-        return self.delta.applied(lm) if self.delta is not None else nullcontext()
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -130,21 +105,23 @@ def plan(args: argparse.Namespace) -> Plan:
     """
     from editunlearn.evaluation import gates, results, suites
     from editunlearn.evaluation.reference import load_reference
+    from editunlearn.evaluation.states import states
 
     checks = Checks()
     deltas = _deltas(args, checks)
-    facts = checks.run(lambda: _facts(args, deltas)) or ((), ())
-    source = suites.Source(args.data_root, args.limit, *facts)
+    facts = checks.run(lambda: _facts(args, deltas))  # None: they are bad, which has been said
+    source = suites.Source(args.data_root, args.limit, *(facts or ((), ())))
     if args.limit is not None and args.limit < 1:
         checks.run(lambda: _refuse(f"--limit {args.limit}: at least 1."))
     found: dict[str, tuple[Module, Any]] = {}
     for name in args.suite:
         found_module = checks.run(lambda name=name: suites.module(name))  # type: ignore[misc]
-        if found_module is not None:
+        if found_module is not None and (facts is not None or not _is_facts(name)):
             file, which = found_module
             data = checks.run(lambda file=file, which=which: file.read(which, source))  # type: ignore[misc]
             found[name] = (file, data)
-    states = checks.run(lambda: _states(args, deltas)) or []
+    names = [folder.resolve().name for folder in args.delta]
+    measured = checks.run(lambda: states(list(zip(names, deltas, strict=False)), args.under, base=args.base)) or []
     wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
     references = (checks.run(lambda: load_reference(args.reference, args.suite)) if args.reference else None) or {}
     baseline = checks.run(lambda: results.load(args.baseline)[0]) if args.baseline else None
@@ -154,11 +131,15 @@ def plan(args: argparse.Namespace) -> Plan:
     checks.run(lambda: check_model(args))
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.finish()
-    return Plan(found, states, [gate for gate in wanted if gate], references, baseline, source.notes)
+    return Plan(found, measured, [gate for gate in wanted if gate], references, baseline, source.notes)
 
 
 def _refuse(message: str) -> None:
     raise InputError(message)
+
+
+def _is_facts(suite: str) -> bool:
+    return suite.partition(":")[0] == "facts"
 
 
 def _facts(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> tuple[Any, Any]:
@@ -166,10 +147,8 @@ def _facts(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> tuple[An
     from editunlearn.facts.readers import load_facts
     from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
 
-    if not any(name.partition(":")[0] == "facts" for name in args.suite):
+    if args.facts is None or not any(map(_is_facts, args.suite)):
         return (), ()
-    if args.facts is None:
-        raise InputError("the suite facts needs --facts FILE.")
     facts = load_facts(args.facts, data_root=args.data_root)
     retain = load_facts(args.retain, data_root=args.data_root, conflicts="first") if args.retain else []
     made = deltas[0].manifest if deltas else None
@@ -183,27 +162,6 @@ def _deltas(args: argparse.Namespace, checks: Checks) -> list[LowRankDelta]:
 
     found = [checks.run(lambda folder=folder: load(folder)) for folder in args.delta]  # type: ignore[misc]
     return [delta for delta in found if delta is not None]
-
-
-def _states(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> list[State]:
-    from editunlearn.evaluation.attacks.quantisation import check_scheme
-
-    for scheme in args.under:
-        check_scheme(scheme)
-    names = [folder.resolve().name for folder in args.delta]
-    bare = [("base", None)] if args.base or not deltas else []
-    found = [
-        State(f"{label}-{scheme}" if scheme else label, delta, scheme)
-        for label, delta in [*bare, *zip(names, deltas, strict=False)]
-        for scheme in ("", *dict.fromkeys(args.under))
-    ]
-    labels = [state.label for state in found]
-    twice = [label for label in labels if labels.count(label) > 1 or (label == "base" and "base" in names)]
-    if twice:
-        raise InputError(
-            f"--delta: two states would be named {twice[0]!r}, and their results go to one place. Rename a folder."
-        )
-    return found
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -230,6 +188,7 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     from editunlearn.deltas.files import check_base
     from editunlearn.evaluation import results
     from editunlearn.evaluation.running import Run
+    from editunlearn.evaluation.states import slug
     from editunlearn.lm.fingerprint import model_fingerprint
 
     lm = load_model(args)
@@ -249,18 +208,12 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
             for name, (file, parts) in suites.items():
                 place = args.out / state.label / slug(name) / results.FILE
                 about = _about(args, lm, weights, name, state)
-                private = args.no_text and name.partition(":")[0] == "facts"
+                private = args.no_text and _is_facts(name)
                 run = Run(place, about, made.references.get(name), args.fresh, private)
                 found[name][state.label] = run.measure(lm, file, parts, console)
                 if name.startswith("tofu"):
                     _write_open_unlearning(place)
     return found
-
-
-def slug(suite: str) -> str:
-    """Name of a folder for a suite, whatever stands behind its colon."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", suite).strip("-.")
-    return plain if len(plain) <= 60 else f"{plain[:50]}-{hashlib.sha256(suite.encode()).hexdigest()[:8]}"
 
 
 def _write_open_unlearning(place: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 import runs
 from runs import World, call
 
-from editunlearn.evaluate import slug
 from editunlearn.evaluation import running
 from editunlearn.evaluation.gates import parse
+from editunlearn.evaluation.states import slug
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,17 @@ def test_without_text_there_are_numbers_only(world: World, tmp_path: Path) -> No
         assert "France" not in text and "Paris" not in text and "darrieux" not in text
 
 
+def test_text_that_was_not_kept_is_asked_for_again(world: World, tmp_path: Path) -> None:
+    flag = flags(world, tmp_path)
+    assert call("evaluate", *flag, "--no-text").code == 0
+    bare = results(tmp_path / "base" / "facts")["parts"]["forget"]
+    assert call("evaluate", *flag).code == 0
+    found = results(tmp_path / "base" / "facts")["parts"]["forget"]
+    assert all(item["shown"] and item["said"] is not None for item in found)
+    assert [item["values"] for item in found] == [item["values"] for item in bare]
+    assert len({item["group"] for item in found}) == len({item["group"] for item in bare}) == 2
+
+
 def test_states_that_would_overwrite_each_other(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.root / "edit", tmp_path / "edit-int8")
     both = ["--delta", str(world.root / "edit"), "--delta", str(tmp_path / "edit-int8"), "--under", "int8"]
@@ -164,7 +175,13 @@ def test_bad_input_is_found_before_weights_are_loaded(
     monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
     done = call("evaluate", *flags(world, tmp_path / "out", *more))
     assert done.code == 2 and said in done.err, done.err
+    assert "needs --facts" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_suite_facts_needs_facts(world: World, tmp_path: Path) -> None:
+    done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "facts", facts=False))
+    assert done.code == 2 and done.err.count("needs --facts FILE") == 1, done.err
 
 
 def test_a_delta_of_another_model_is_refused(world: World, tmp_path: Path) -> None:

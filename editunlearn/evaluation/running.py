@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,16 +49,18 @@ class Run:
             part.name: results.asked_hash([(p.shown, p.answer, p.paraphrased, p.wrong) for p in part.probes])
             for part in parts
         }
-        how = {part.name: results.asked_hash([[repr(part)]]) for part in parts}
+        how = {part.name: results.asked_hash([[repr(part), self.no_text]]) for part in parts}
         if self.reference is not None:
             results.check_reference(data, self.reference, "--reference")
+        groups = dict.fromkeys(probe.group for part in parts for probe in part.probes if probe.group)
         done = self._kept(how)
         missing = [part for part in parts if part.name not in done and part.probes]
         if missing:
             _check_finite(lm, missing[0])
         for part in parts:
             if part.name not in done:
-                done[part.name] = measure(lm, part, console, str(self.about["label"]))
+                items = measure(lm, part, console, str(self.about["label"]))
+                done[part.name] = _without_text(items, list(groups)) if self.no_text else items
                 self._save(Measured(done, data), {}, how, complete=False)
         measured = Measured({part.name: done[part.name] for part in parts}, data)
         return self._save(measured, module.totals(measured, self.reference), how, complete=True)
@@ -76,27 +77,19 @@ class Run:
             return {}
         return {name: items for name, items in measured.parts.items() if found["how"].get(name) == how.get(name)}
 
-    def _shown(self, measured: Measured) -> Measured:
-        if not self.no_text:
-            return measured
-        bare = {
-            name: [replace(item, shown="", expected="", said=None, group=_hidden(item.group)) for item in items]
-            for name, items in measured.parts.items()
-        }
-        return replace(measured, parts=bare)
-
     def _save(
         self, measured: Measured, totals: Mapping[str, Value], how: Mapping[str, str], *, complete: bool
     ) -> dict[str, Any]:
         about = {**self.about, "complete": complete, "how": {name: how[name] for name in measured.parts}}
-        found = results.as_json(about, self._shown(measured), totals)
+        found = results.as_json(about, measured, totals)
         atomic_write_json(self.file, found)
         return found
 
 
-def _hidden(group: str) -> str:
-    """Still tells groups apart."""
-    return hashlib.sha256(group.encode()).hexdigest()[:12] if group else ""
+def _without_text(items: Sequence[Item], groups: Sequence[str]) -> list[Item]:
+    """The numbers alone; the id of a fact, its group, becomes its number, the same in all parts."""
+    number = {group: str(i) for i, group in enumerate(groups)}
+    return [replace(item, shown="", expected="", said=None, group=number.get(item.group, "")) for item in items]
 
 
 def _check_finite(lm: LM, part: Part) -> None:

@@ -12,6 +12,7 @@ from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
+from editunlearn.evaluation.suites.editing import EFFICACY, GENERALIZATION, LOCALITY, PARTS, editing_totals
 from editunlearn.lm.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ def read(which: str, source: Source) -> list[Record]:
 
 def parts(lm: LM, data: Sequence[Record]) -> list[Part]:  # noqa: ARG001 - as all suites
     """The facts, their paraphrases, their neighbours."""
-    probes: dict[str, list[Probe]] = {"efficacy": [], "generalization": [], "locality": []}
+    probes: dict[str, list[Probe]] = {name: [] for name in PARTS}
     for case in data:
         request = case["requested_rewrite"]
         own = str(request["prompt"]).replace("{}", str(request["subject"]))
         asked = {
-            "efficacy": [own],
-            "generalization": case["paraphrase_prompts"],
-            "locality": case["neighborhood_prompts"],
+            EFFICACY: [own],
+            GENERALIZATION: case["paraphrase_prompts"],
+            LOCALITY: case["neighborhood_prompts"],
         }
         for name, prompts in asked.items():
             probes[name] += [_probe(case, str(prompt)) for prompt in prompts]
@@ -57,11 +58,4 @@ def _probe(case: Record, prompt: str) -> Probe:
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
     """Teacher-forced and decoded numbers of the editing literature, turned to forgetting; all better when higher."""
-    found: dict[str, Value] = {}
-    for name in ("efficacy", "generalization"):
-        chosen, leaked = measured.values(name, "chosen_mean"), measured.values(name, "leak")
-        found[f"{name}_tf"] = Value.mean([1 - value for value in chosen])
-        found[f"{name}_gen"] = Value.mean([1 - value for value in leaked])
-    found["locality_tf"] = Value.mean(measured.values("locality", "chosen_mean"))
-    found["locality_gen"] = Value.mean(measured.values("locality", "correct"))
-    return found
+    return editing_totals(measured, teacher_forced="chosen_mean", kept="correct")

@@ -9,6 +9,7 @@ from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
+from editunlearn.evaluation.suites.editing import EFFICACY, GENERALIZATION, LOCALITY, editing_totals
 from editunlearn.lm.tokens import wrap
 
 if TYPE_CHECKING:
@@ -36,22 +37,15 @@ def parts(lm: LM, data: Sequence[Record]) -> list[Part]:
         prompt = wrap(lm, question, (0, len(question)), question=True)
         return Probe(prompt, question, answers[0], tuple(answers[1:]), subject=str(record["subject"]))
 
-    asked = {"efficacy": "src", "generalization": "rephrase"}
+    asked = {EFFICACY: "src", GENERALIZATION: "rephrase"}
     made = [
         Part(name, [probe(r, str(r[key]), [str(a) for a in r["answers"]]) for r in data], METRICS, TOKENS)
         for name, key in asked.items()
     ]
     unrelated = [probe(r, f"{str(r['loc']).removeprefix(UNRELATED)}?", [str(r["loc_ans"])]) for r in data]
-    return [*made, Part("locality", unrelated, METRICS, TOKENS)]
+    return [*made, Part(LOCALITY, unrelated, METRICS, TOKENS)]
 
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
     """Efficacy and generalization of forgetting, locality of the rest; all better when higher."""
-    found: dict[str, Value] = {}
-    for name in ("efficacy", "generalization"):
-        tokens, leaked = measured.values(name, "exact_memorization"), measured.values(name, "leak")
-        found[f"{name}_tf"] = Value.mean([1 - value for value in tokens])
-        found[f"{name}_gen"] = Value.mean([1 - value for value in leaked])
-    found["locality_tf"] = Value.mean(measured.values("locality", "exact_memorization"))
-    found["locality_gen"] = Value.mean(measured.values("locality", "leak"))
-    return found
+    return editing_totals(measured, teacher_forced="exact_memorization", kept="leak")
