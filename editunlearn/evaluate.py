@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from editunlearn.evaluation.gates import Gate
     from editunlearn.evaluation.results import Measured
     from editunlearn.evaluation.states import State
-    from editunlearn.evaluation.suites import Module
+    from editunlearn.evaluation.suites import Module, Part, Source
+    from editunlearn.evaluation.treatments import Treatment
     from editunlearn.lm.loading import LM
 
 EXAMPLES = """\
@@ -50,8 +51,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--under",
         action="append",
         default=[],
-        metavar="SCHEME",
-        help="rounded weights, too: bf16, int8, int4, nf4",
+        metavar="TREATMENT",
+        help="also after this was done to it: bf16, int8, int4, nf4, relearn:STEPS, relearn-lora:STEPS, "
+        "relearn-retain:STEPS, subspace:DIRECTIONS",
     )
     p.add_argument("--facts", help="what was to be forgotten, for the suite facts")
     p.add_argument("--retain", help="what was to be kept, for the suite facts")
@@ -87,6 +89,7 @@ class Plan:
         references: by suite, results of a model that never knew.
         baseline: results to show beside.
         notes: what is left out.
+        source: with the facts, which some treatments train on.
     """
 
     suites: dict[str, tuple[Module, Any]]
@@ -95,6 +98,7 @@ class Plan:
     references: dict[str, Measured]
     baseline: dict[str, Any] | None
     notes: list[str]
+    source: Source
 
 
 def plan(args: argparse.Namespace) -> Plan:
@@ -106,10 +110,12 @@ def plan(args: argparse.Namespace) -> Plan:
     from editunlearn.evaluation import gates, results, suites
     from editunlearn.evaluation.reference import load_reference
     from editunlearn.evaluation.states import states
+    from editunlearn.evaluation.treatments import parse
 
     checks = Checks()
     deltas = _deltas(args, checks)
-    facts = checks.run(lambda: _facts(args, deltas))  # None: they are bad, which has been said
+    treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text)))]  # type: ignore[misc]
+    facts = checks.run(lambda: _facts(args, deltas, treatments))  # None: they are bad, which has been said
     source = suites.Source(args.data_root, args.limit, *(facts or ((), ())))
     if args.limit is not None and args.limit < 1:
         checks.run(lambda: _refuse(f"--limit {args.limit}: at least 1."))
@@ -121,7 +127,9 @@ def plan(args: argparse.Namespace) -> Plan:
             data = checks.run(lambda file=file, which=which: file.read(which, source))  # type: ignore[misc]
             found[name] = (file, data)
     names = [folder.resolve().name for folder in args.delta]
-    measured = checks.run(lambda: states(list(zip(names, deltas, strict=False)), args.under, base=args.base)) or []
+    measured, left_out = checks.run(
+        lambda: states(list(zip(names, deltas, strict=False)), treatments, base=args.base)
+    ) or ([], [])
     wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
     references = (checks.run(lambda: load_reference(args.reference, args.suite)) if args.reference else None) or {}
     baseline = checks.run(lambda: results.load(args.baseline)[0]) if args.baseline else None
@@ -131,7 +139,9 @@ def plan(args: argparse.Namespace) -> Plan:
     checks.run(lambda: check_model(args))
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.finish()
-    return Plan(found, measured, [gate for gate in wanted if gate], references, baseline, source.notes)
+    return Plan(
+        found, measured, [gate for gate in wanted if gate], references, baseline, [*source.notes, *left_out], source
+    )
 
 
 def _refuse(message: str) -> None:
@@ -142,12 +152,19 @@ def _is_facts(suite: str) -> bool:
     return suite.partition(":")[0] == "facts"
 
 
-def _facts(args: argparse.Namespace, deltas: Sequence[LowRankDelta]) -> tuple[Any, Any]:
+def _facts(
+    args: argparse.Namespace, deltas: Sequence[LowRankDelta], treatments: Sequence[Treatment]
+) -> tuple[Any, Any]:
     """Facts with the targets that the first edit was made with, and retain facts."""
     from editunlearn.facts.readers import load_facts
     from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
 
-    if args.facts is None or not any(map(_is_facts, args.suite)):
+    for treatment in treatments:
+        missing = [name for name in treatment.needs if getattr(args, name) is None]
+        if missing:
+            raise InputError(f"--under {treatment} trains on facts: give --{missing[0]} FILE.")
+    needed = any(map(_is_facts, args.suite)) or any(treatment.needs for treatment in treatments)
+    if args.facts is None or not needed:
         return (), ()
     facts = load_facts(args.facts, data_root=args.data_root)
     retain = load_facts(args.retain, data_root=args.data_root, conflicts="first") if args.retain else []
@@ -195,24 +212,40 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     for state in made.states:
         if state.delta is not None:
             check_base(state.delta, lm)
-    suites = {
-        name: (file, file.parts(lm, _completed(lm, data, args, console))) for name, (file, data) in made.suites.items()
-    }
-    found: dict[str, dict[str, Any]] = {name: {} for name in suites}
+    asked = _asked(lm, made, args, console)
+    found: dict[str, dict[str, Any]] = {name: {} for name in made.suites}
     weights = model_fingerprint(lm)  # before anything is applied
-    for _, parts in suites.values():
+    for parts in (parts for of_suite in asked.values() for parts in of_suite.values()):
         for part in parts:
             part.prepare(lm)
+    facts, retain = (of[: args.limit] for of in (made.source.facts, made.source.retain))
     for state in made.states:
-        with state.on(lm):
-            for name, (file, parts) in suites.items():
+        with state.on(lm, facts, retain):
+            for name, (file, _) in made.suites.items():
                 place = args.out / state.label / slug(name) / results.FILE
                 about = _about(args, lm, weights, name, state)
-                private = args.no_text and _is_facts(name)
-                run = Run(place, about, made.references.get(name), args.fresh, private)
-                found[name][state.label] = run.measure(lm, file, parts, console)
+                run = Run(place, about, made.references.get(name), args.fresh, args.no_text and _is_facts(name))
+                found[name][state.label] = run.measure(lm, file, asked[name][_halves(state)], console)
                 if name.startswith("tofu"):
                     _write_open_unlearning(place)
+    return found
+
+
+def _halves(state: State) -> bool:
+    return state.under is not None and state.under.halves
+
+
+def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> dict[str, dict[bool, list[Part]]]:
+    """Parts of each suite: of all facts, and if need be of those that relearning does not show."""
+    from editunlearn.evaluation.treatments import halves
+
+    found: dict[str, dict[bool, list[Part]]] = {}
+    for name, (file, data) in made.suites.items():
+        whole = _completed(lm, data, args, console)
+        found[name] = {False: file.parts(lm, whole)}
+        if any(map(_halves, made.states)):
+            half = replace(whole, facts=halves(whole.facts)[1]) if _is_facts(name) else whole
+            found[name][True] = file.parts(lm, half)
     return found
 
 
@@ -256,7 +289,7 @@ def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: St
         "weights": weights,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "delta": delta.tensors_sha256 if delta else None,
-        "quantisation": state.scheme or None,
+        "under": str(state.under) if state.under else None,
     }
     more = {"version": __version__, "tokenizer": tokenizer_hash(lm), "torch": versions["torch"]}
     key = key_of({**depends, **more, "transformers": versions["transformers"]})

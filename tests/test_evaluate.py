@@ -160,7 +160,9 @@ def test_a_benchmark_with_a_reference(world: World, tmp_path: Path) -> None:
     [
         (["--suite", "fact"], "unknown suite 'fact'. Did you mean 'facts'"),
         (["--suite", "facts:all"], "write facts or facts:attacks"),
-        (["--under", "int3"], "unknown quantisation 'int3'. Did you mean 'int8'"),
+        (["--under", "int3"], "unknown treatment 'int3'. Did you mean 'int8'"),
+        (["--under", "int8:3"], "unknown treatment 'int8:3'"),
+        (["--under", "relearn:0"], "a number from 1, of steps of fine-tuning"),
         (["--require", "leak_gen=0"], 'write METRIC, <=, >=, < or >, and a number: "leak_gen<=0.02"'),
         (["--limit", "0"], "--limit 0: at least 1"),
         (["--delta", "nowhere"], "nowhere/delta.json does not exist"),
@@ -182,6 +184,31 @@ def test_bad_input_is_found_before_weights_are_loaded(
 def test_the_suite_facts_needs_facts(world: World, tmp_path: Path) -> None:
     done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "facts", facts=False))
     assert done.code == 2 and done.err.count("needs --facts FILE") == 1, done.err
+
+
+def test_relearning_is_measured_on_facts_it_was_not_shown(world: World, tmp_path: Path) -> None:
+    delta = ["--delta", str(world.root / "edit"), "--base"]
+    under = [f for text in ("relearn:2", "relearn-lora:2", "relearn-retain", "subspace") for f in ("--under", text)]
+    done = call("evaluate", *flags(world, tmp_path / "runs", *delta, *under, "--json"))
+    assert done.code == 0, done.err
+    assert "subspace:1 is left out for base" in done.err
+    by_label = json.loads(done.out)["facts"]
+    treated = ["relearn-2", "relearn-lora-2", "relearn-retain-5"]
+    labels = [f"{state}-{more}" for state in ("base", "edit") for more in treated]
+    assert set(by_label) == {"base", "edit", *labels, "edit-subspace-1"}
+    asked = {label: summary["leak_gen"]["items"] for label, summary in by_label.items()}
+    assert asked["edit"] == asked["edit-relearn-retain-5"] == asked["edit-subspace-1"] == 2
+    assert asked["edit-relearn-2"] == asked["edit-relearn-lora-2"] == asked["base-relearn-2"] == 1
+    assert results(tmp_path / "runs" / "edit-relearn-2" / "facts")["under"] == "relearn:2"
+    probability = {label: summary["retain.answer_probability"]["value"] for label, summary in by_label.items()}
+    assert probability["edit-relearn-2"] != probability["edit"]  # it was trained
+    page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
+    assert page.code == 0 and "asked different things" not in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_relearning_needs_facts(world: World, tmp_path: Path) -> None:
+    done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "wmdp:bio", "--under", "relearn", facts=False))
+    assert done.code == 2 and "--under relearn:5 trains on facts: give --facts FILE" in done.err
 
 
 def test_a_delta_of_another_model_is_refused(world: World, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def write(root: Path, label: str, leak: float, *, kept: float = 1.0, suite: str 
         "dtype": "float32",
         "delta": None if label.startswith("base") else {"site": 1},
         "method": None if label.startswith("base") else "memit",
-        "quantisation": more.get("scheme"),
+        "under": more.get("under"),
         "limit": None,
         "made": "2026-01-01T00:00:00Z",
         "environment": {"torch": "2"},
@@ -68,17 +68,17 @@ def write(root: Path, label: str, leak: float, *, kept: float = 1.0, suite: str 
 @pytest.mark.parametrize(
     ("edited", "under", "good", "said"),
     [
-        ({"leak": 0.0}, 0.0, True, "Suppressed; held against 2 ways to ask or round."),
+        ({"leak": 0.0}, 0.0, True, "Suppressed; held against 2 ways to bring it back."),
         ({"leak": 0.0, "hint": 0.5}, 0.3, False, "Suppressed; comes back: hint, rounded to int4."),
         ({"leak": 0.5}, 0.5, False, "Not gone."),
-        ({"leak": 0.0, "kept": 0.5}, 0.0, False, "Suppressed; held against 2 ways to ask or round; other knowledge"),
+        ({"leak": 0.0, "kept": 0.5}, 0.0, False, "Suppressed; held against 2 ways to bring it back; other knowledge"),
         ({"leak": 0.0, "perplexity": 30.0}, 0.0, False, "other knowledge was damaged"),
     ],
 )
 def test_verdicts(tmp_path: Path, edited: dict[str, Any], under: float, good: bool, said: str) -> None:
     write(tmp_path, "base", 1.0)
     write(tmp_path, "memit", **edited)
-    write(tmp_path, "memit-int4", under, scheme="int4")
+    write(tmp_path, "memit-int4", under, under="int4")
     found = verdicts(gather([tmp_path])["facts"])
     assert len(found) == 1 and found[0].good == good and said in found[0].headline
     assert any("held" in line for line in found[0].lines)

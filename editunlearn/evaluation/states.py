@@ -1,4 +1,4 @@
-"""In what states a model is measured: bare or with an edit, as it is or with rounded weights."""
+"""In what states a model is measured: bare or with an edit, as it is or treated."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.errors import InputError
-from editunlearn.evaluation.attacks.quantisation import check_scheme, quantised
 
 if TYPE_CHECKING:
     from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.evaluation.treatments import Treatment
+    from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
 
 BASE = "base"
@@ -27,37 +28,43 @@ class State:
     Attributes:
         label: of its column, and of its folder.
         delta: applied to the model, if any.
-        scheme: of quantisation, "" for none.
+        under: what is done to it besides, if anything.
     """
 
     label: str
     delta: LowRankDelta | None
-    scheme: str
+    under: Treatment | None
 
-    def on(self, lm: LM) -> AbstractContextManager[Any]:
-        """The model is in this state inside."""
-        if self.scheme:
-            return quantised(lm, self.scheme, self.delta)
+    def on(self, lm: LM, facts: Sequence[Fact], retain: Sequence[Fact]) -> AbstractContextManager[Any]:
+        """The model is in this state inside; ``facts`` and ``retain`` are what an attacker may train on."""
+        if self.under is not None:
+            return self.under.on(lm, self.delta, facts, retain)
         return self.delta.applied(lm) if self.delta is not None else nullcontext()
 
 
-def states(deltas: Sequence[tuple[str, LowRankDelta]], schemes: Sequence[str], *, base: bool) -> list[State]:
-    """Every edit, and the bare model if ``base`` or if there is no edit; each as it is and under each scheme.
+def states(
+    deltas: Sequence[tuple[str, LowRankDelta]], treatments: Sequence[Treatment], *, base: bool
+) -> tuple[list[State], list[str]]:
+    """Every edit, and the bare model if ``base`` or if there is no edit; each as it is and under each treatment.
 
     Args:
         deltas: label and edit.
 
+    Returns:
+        the states, and notes about what is left out.
+
     Raises:
-        InputError: an unknown scheme, or two states of one label.
+        InputError: two states of one label.
     """
-    for scheme in schemes:
-        check_scheme(scheme)
     bare = [(BASE, None)] if base or not deltas else []
-    found = [
-        State(f"{label}-{scheme}" if scheme else label, delta, scheme)
-        for label, delta in [*bare, *deltas]
-        for scheme in ("", *dict.fromkeys(schemes))
-    ]
+    found, notes = [], []
+    for label, delta in [*bare, *deltas]:
+        found.append(State(label, delta, None))
+        for under in dict.fromkeys(treatments):
+            if delta is None and under.of_delta:
+                notes.append(f"{under} is left out for {label}, which has no edit.")
+            else:
+                found.append(State(under.label(label), delta, under))
     labels = [state.label for state in found]
     names = [label for label, _ in deltas]
     twice = [label for label in labels if labels.count(label) > 1 or (label == BASE and BASE in names)]
@@ -65,7 +72,7 @@ def states(deltas: Sequence[tuple[str, LowRankDelta]], schemes: Sequence[str], *
         raise InputError(
             f"--delta: two states would be named {twice[0]!r}, and their results go to one place. Rename a folder."
         )
-    return found
+    return found, notes
 
 
 def slug(suite: str) -> str:

@@ -53,7 +53,9 @@ def quantised(lm: LM, scheme: str, delta: LowRankDelta | None = None) -> Iterato
         InputError: an unknown scheme.
         UnsupportedError: the model is quantised already.
     """
-    check_scheme(scheme)
+    if scheme not in SCHEMES:
+        hint = did_you_mean(scheme, SCHEMES)
+        raise InputError(f"unknown quantisation {scheme!r}.{hint} Schemes: {', '.join(SCHEMES)}.")
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
@@ -70,13 +72,6 @@ def quantised(lm: LM, scheme: str, delta: LowRankDelta | None = None) -> Iterato
         with torch.no_grad():
             for weight, old in kept:
                 weight.copy_(old)
-
-
-def check_scheme(scheme: str) -> None:
-    """Raise InputError for an unknown scheme."""
-    if scheme not in SCHEMES:
-        hint = did_you_mean(scheme, SCHEMES)
-        raise InputError(f"unknown quantisation {scheme!r}.{hint} Schemes: {', '.join(SCHEMES)}.")
 
 
 def linear_maps(lm: LM) -> list[str]:

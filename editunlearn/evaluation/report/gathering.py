@@ -10,6 +10,7 @@ from typing import Any
 from editunlearn.errors import InputError
 from editunlearn.evaluation import results
 from editunlearn.evaluation.results import Measured
+from editunlearn.evaluation.treatments import parse
 
 BASE = "base"
 
@@ -39,9 +40,14 @@ class Column:
         return self.about.get("delta") is not None
 
     @property
-    def quantisation(self) -> str:
-        """Scheme of quantisation, "" for none."""
-        return self.about.get("quantisation") or ""
+    def under(self) -> str:
+        """What was done to the model besides, "" for nothing."""
+        return self.about.get("under") or ""
+
+    @property
+    def half(self) -> bool:
+        """Whether only half of the facts were asked, because the others were shown to the model."""
+        return bool(self.under) and parse(self.under).halves
 
 
 def gather(places: Sequence[Path]) -> dict[str, list[Column]]:
@@ -89,6 +95,12 @@ def _free(label: str, taken: set[str], file: Path) -> str:
     return label
 
 
+def asked_alike(part: str, columns: Sequence[Column]) -> bool:
+    """Whether the columns that have a part were asked the same, those that were asked half of it among themselves."""
+    having = [column for column in columns if part in column.measured.data]
+    return all(len({c.measured.data[part] for c in having if c.half == half}) < 2 for half in (False, True))
+
+
 def changed_settings(columns: Sequence[Column]) -> list[str]:
     """What differs between columns that should not: model, dtype, limit, data."""
     notes = []
@@ -96,9 +108,8 @@ def changed_settings(columns: Sequence[Column]) -> list[str]:
         values = {str(column.about.get(name)) for column in columns}
         if len(values) > 1:
             notes.append(f"These columns differ in {name}: {', '.join(sorted(values))}.")
-    for part in {part for column in columns for part in column.measured.data}:
-        hashes = {column.measured.data[part] for column in columns if part in column.measured.data}
-        if len(hashes) > 1:
+    for part in sorted({part for column in columns for part in column.measured.data}):
+        if not asked_alike(part, columns):
             notes.append(f"The part {part} asked different things in different columns; compare nothing of it.")
     incomplete = [column.label for column in columns if not column.about.get("complete")]
     return notes + ([f"Not finished: {', '.join(incomplete)}."] if incomplete else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,12 +13,14 @@ from typing import Any
 from editunlearn.evaluation.metrics import Definition
 from editunlearn.evaluation.metrics.glossary import better, definition_of
 from editunlearn.evaluation.report import plots
-from editunlearn.evaluation.report.gathering import Column, changed_settings
+from editunlearn.evaluation.report.gathering import Column, asked_alike, changed_settings
 from editunlearn.evaluation.report.verdict import Verdict, verdicts
 from editunlearn.evaluation.results import Item
 
 SHOWN_ITEMS = 400
 """Items of one part on the page; the results files have all of them."""
+NOTHING = ("", "not asked")
+"""What a column says where it was not asked."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,18 @@ def parts_with_text(columns: Sequence[Column]) -> list[str]:
 
 def items(part: str, columns: Sequence[Column]) -> list[Asked]:
     """The items of a part, where all columns that have it were asked the same."""
-    having = [column for column in columns if part in column.measured.parts]
-    if len({column.measured.data.get(part) for column in having}) != 1:
+    if not asked_alike(part, columns):
         return []
-    rows = zip(*(column.measured.parts[part] for column in having), strict=True)
-    return [
-        Asked(row[0].shown, row[0].expected, tuple((item.said or "", outcome(item)) for item in row))
-        for row in list(rows)[:SHOWN_ITEMS]
-    ]
+    rows: dict[tuple[str, str, int], list[tuple[str, str]]] = {}
+    having = [column for column in columns if part in column.measured.parts]
+    for number, column in enumerate(having):
+        times: Counter[tuple[str, str]] = Counter()
+        for item in column.measured.parts[part]:
+            asked = (item.shown, item.expected)
+            row = rows.setdefault((*asked, times[asked]), [NOTHING] * len(having))
+            row[number] = (item.said or "", outcome(item))
+            times[asked] += 1  # the same may be asked again, when answers are sampled
+    return [Asked(shown, expected, tuple(row)) for (shown, expected, _), row in list(rows.items())[:SHOWN_ITEMS]]
 
 
 def outcome(item: Item) -> str:

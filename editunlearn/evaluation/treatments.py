@@ -1,0 +1,137 @@
+"""What is done to a model before it is asked: weights rounded, facts learned again, written directions taken out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from editunlearn.errors import InputError
+from editunlearn.evaluation.attacks import quantisation
+from editunlearn.evaluation.attacks.relearning import Relearn, relearned
+from editunlearn.evaluation.attacks.subspace import ablated
+from editunlearn.lm.tokens import Row, encode, wrap
+from editunlearn.naming import did_you_mean
+
+if TYPE_CHECKING:
+    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.facts.records import Fact
+    from editunlearn.lm.loading import LM
+
+COUNTED: Mapping[str, tuple[int, str]] = MappingProxyType(
+    {
+        "relearn": (5, "steps of fine-tuning all weights on half of the facts; the other half is asked"),
+        "relearn-lora": (5, "the same with an adapter of rank 8"),
+        "relearn-retain": (5, "steps of fine-tuning all weights on the facts to keep: related text, no forgotten fact"),
+        "subspace": (1, "strongest directions that the edit writes in, taken out"),
+    }
+)
+"""By kind, the number that stands behind its colon if none is given, and what it counts."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """One of them.
+
+    Attributes:
+        kind: a scheme of :mod:`editunlearn.evaluation.attacks.quantisation`, or a name in ``COUNTED``.
+        count: of what ``COUNTED`` says; 0 for quantisation.
+    """
+
+    kind: str
+    count: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.count}" if self.count else self.kind
+
+    def label(self, state: str) -> str:
+        """Of a state under this treatment; also a folder's name."""
+        return f"{state}-{str(self).replace(':', '-')}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be given beside the model: ``facts``, ``retain``."""
+        if self.kind == "relearn-retain":
+            return ("retain",)
+        return ("facts",) if self.halves else ()
+
+    @property
+    def of_delta(self) -> bool:
+        """Whether it is an attack on an edit, which says nothing of a model without one."""
+        return self.kind == "subspace"
+
+    @property
+    def halves(self) -> bool:
+        """Whether it shows the model half of the facts, so that only the others can be asked."""
+        return self.kind in ("relearn", "relearn-lora")
+
+    @contextmanager
+    def on(self, lm: LM, delta: LowRankDelta | None, facts: Sequence[Fact], retain: Sequence[Fact]) -> Iterator[None]:
+        """The model with ``delta``, treated, inside; as it was afterwards.
+
+        Args:
+            facts: all that were to be forgotten. retain: to be kept.
+
+        Raises:
+            InputError: there is nothing to learn again.
+        """
+        if self.kind in quantisation.SCHEMES:
+            with quantisation.quantised(lm, self.kind, delta):
+                yield
+        elif self.kind == "subspace":
+            assert delta is not None  # noqa: S101 - the plan leaves such a state out
+            with ablated(lm, delta, self.count):
+                yield
+        else:
+            shown = retain if self.kind == "relearn-retain" else halves(facts)[0]
+            what = "lora" if self.kind == "relearn-lora" else "full"
+            rows = [answered(lm, fact) for fact in shown]
+            with (
+                delta.applied(lm) if delta is not None else nullcontext(),
+                relearned(lm, rows, Relearn(steps=self.count, what=what)),  # type: ignore[arg-type]
+            ):
+                yield
+
+
+def answered(lm: LM, fact: Fact) -> Row:
+    """A fact's prompt with its true answer."""
+    prompt = wrap(lm, fact.prompt, (fact.subject_start, fact.subject_end), question=fact.is_question)
+    return encode(lm, prompt, fact.answer, "prompt_last")
+
+
+def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
+    """Facts that an attacker knows, and the others; where there are several subjects, none is in both.
+
+    Facts about one subject stay together, because one of them says much about the others.
+    """
+    by_subject: dict[str, list[Fact]] = {}
+    for fact in facts:
+        by_subject.setdefault(fact.subject.casefold(), []).append(fact)
+    groups = list(by_subject.values()) if len(by_subject) > 1 else [[fact] for fact in facts]
+    random.Random(0).shuffle(groups)
+    known: list[Fact] = []
+    others: list[Fact] = []
+    for group in sorted(groups, key=len, reverse=True):  # large ones first, so that the halves come out even
+        (known if len(known) < len(others) else others).extend(group)
+    return known, others
+
+
+def parse(text: str) -> Treatment:
+    """``int4``, ``relearn:20`` and the like.
+
+    Raises:
+        InputError: none of them.
+    """
+    kind, colon, count = text.partition(":")
+    if kind in quantisation.SCHEMES and not colon:
+        return Treatment(kind)
+    if kind not in COUNTED:
+        known = (*quantisation.SCHEMES, *COUNTED)
+        raise InputError(f"--under: unknown treatment {text!r}.{did_you_mean(kind, known)} Known: {', '.join(known)}.")
+    default, counts = COUNTED[kind]
+    if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
+        raise InputError(f"--under: {text!r}: behind the colon stands a number from 1, of {counts}.")
+    return Treatment(kind, int(count) if colon else default)
