@@ -41,3 +41,16 @@ def test_readable() -> None:
     assert lens.readable().tolist() == [False, True, False] and lens.readable(4).tolist() == [True, True, False]
     with pytest.raises(ValueError, match="no answer"):
         logit_lens(tiny.lm(), [Row((1, 2), 0, 2)])
+
+
+def test_the_probe_maps_blocks_to_the_last_one() -> None:
+    lm = tiny.lm("llama")
+    draw = torch.Generator().manual_seed(0)
+    text = [Row(tuple(torch.randint(3, 40, (30,), generator=draw).tolist()), 0, 1) for _ in range(40)]
+    plain, probe = logit_lens(lm, ROWS), logit_lens(lm, ROWS, text)
+    torch.testing.assert_close(probe.log_probability[-1], plain.log_probability[-1], atol=0.05, rtol=0)
+    first = [Row(row.ids[:20], 0, 19) for row in text]
+    last = logit_lens(lm, first).log_probability[-1]
+    found = [logit_lens(lm, first, known).log_probability[0] for known in ([], text)]
+    errors = [float((own - last).abs().mean()) for own in found]
+    assert errors[1] < errors[0]

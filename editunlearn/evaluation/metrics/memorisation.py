@@ -21,6 +21,26 @@ DEFINITIONS = (
         "Carlini et al. 2021, arXiv 2012.07805",
         "0 when the last token is not the argmax; open-unlearning never goes below 1/T.",
     ),
+    Definition(
+        "lens_top1",
+        "lower",
+        0,
+        1,
+        "share of facts whose answer's first token is the likeliest if the model ended after some block (logit lens)",
+        "nostalgebraist 2020",
+        "any of the blocks counts: compare with the model before the edit.",
+    ),
+    Definition("lens_top10", "lower", 0, 1, "the same, among the ten likeliest", "nostalgebraist 2020"),
+    Definition(
+        "probe_top1",
+        "lower",
+        0,
+        1,
+        "as lens_top1, each block's states first mapped to the last one's by ridge regression over plain text",
+        "after Belrose et al. 2023, arXiv 2303.08112",
+        "any of the blocks counts: compare with the model before the edit.",
+    ),
+    Definition("probe_top10", "lower", 0, 1, "the same, among the ten likeliest", "arXiv 2303.08112"),
     Definition("zlib_score", "reference", 0, None, "loss / bytes of the zlib-compressed text", "arXiv 2012.07805"),
     Definition(
         "min_k", "reference", 0, None, "minus the mean of the lowest k share of token log-probabilities", "2310.16789"

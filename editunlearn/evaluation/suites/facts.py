@@ -20,6 +20,7 @@ from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.scoring import DISTRACTION, MARGIN, NEW_TOKENS
 from editunlearn.evaluation.suites import Part, Source
+from editunlearn.evaluation.suites.inside import Inside
 from editunlearn.facts.records import Fact
 from editunlearn.lm.head import Head
 from editunlearn.lm.likelihood import states_of
@@ -98,6 +99,7 @@ def parts(lm: LM, data: Request) -> list[Part]:
     if data.attacks:
         drawn = [probe(lm, f, f.prompt) for f in facts for _ in range(SAMPLES)]
         made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), replace(decoding, top_k=TOP_K)))
+        made.append(Inside("inside", asked["forget"], (), text=data.text))
     made += [Part(name, probes, KEEP, decoding) for name, probes in kept.items() if probes]
     known = [*kept["retain"], *kept["heldout"]]
     if known:
