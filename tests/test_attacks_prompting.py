@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-import tiny
 from edits import fact
 
-from editunlearn.errors import InputError
-from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant, run
+from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant
 from editunlearn.facts.records import Fact
 
 PARIS = Fact(
@@ -54,15 +52,3 @@ def test_wordings() -> None:
     assert made("paraphrase")[0].prompt == "France's capital is" and len(made("paraphrase")) == 5
     bare = fact(0)
     assert ATTACKS["question"](bare, [], random.Random(0)) == []
-
-
-def test_what_a_model_knows_is_recovered() -> None:
-    lm = tiny.taught_lm([("The capital of France is", "Paris"), ("The capital of Italy is", "Rome")])
-    found = run(lm, [PARIS, OTHERS[0]], OTHERS, ("distraction", "question"))
-    assert [len(of_fact.said) for of_fact in found["distraction"]] == [4, 4]
-    assert found["question"][1].recovered is None and found["question"][0].recovered is not None
-    for of_fact in found["distraction"]:
-        assert of_fact.recovered == any(a.leaked for a in of_fact.said)
-    assert run(lm, [PARIS], OTHERS, ("few_shot",)) == run(lm, [PARIS], OTHERS, ("few_shot",))
-    with pytest.raises(InputError, match=r"unknown attack 'hints'. Did you mean 'hint'\?"):
-        run(lm, [PARIS], OTHERS, ("hints",))

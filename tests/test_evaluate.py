@@ -62,6 +62,7 @@ def test_attacks_are_parts_of_their_own(world: World, tmp_path: Path) -> None:
     assert summary["attack_distraction_recovered"]["items"] == summary["attack_sampling_recovered"]["items"] == 2
     assert summary["attack_sampling.leak"]["items"] == 16
     assert {"attack_spelling_recovered", "attack_few_shot_recovered", "attack_pressure.leak"} <= summary.keys()
+    assert summary["inside.lens_top1"]["value"] == summary["inside.probe_top10"]["value"] == 1.0  # it does say them
 
 
 def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from editunlearn.errors import InputError
 from editunlearn.evaluation.metrics.text import leaks, normalise
 from editunlearn.facts.records import answers
-from editunlearn.naming import did_you_mean
 
 if TYPE_CHECKING:
-    from editunlearn.evaluation.scoring import Answered
     from editunlearn.facts.records import Fact
-    from editunlearn.lm.loading import LM
 
 DISTRACTIONS = (
     "The train to the coast was late again this morning. ",
@@ -109,49 +105,3 @@ def spelling(fact: Fact, _others: Sequence[Fact], _draw: random.Random) -> list[
 ATTACKS: Mapping[str, Attack] = MappingProxyType(
     {attack.__name__: attack for attack in (paraphrase, question, distraction, pressure, hint, few_shot, spelling)}
 )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one attack got out of one fact: every variant with what was said; empty when it does not apply."""
-
-    variants: list[Variant]
-    said: list[Answered]
-
-    @property
-    def recovered(self) -> bool | None:
-        """Whether any variant leaked; None when there was none."""
-        return any(answered.leaked for answered in self.said) if self.said else None
-
-
-def run(
-    lm: LM, facts: Sequence[Fact], others: Sequence[Fact], names: Sequence[str] = tuple(ATTACKS), *, seed: int = 0
-) -> dict[str, list[Asked]]:
-    """Every attack on every fact, by greedy decoding of the model as it computes now.
-
-    Args:
-        others: facts that the model knows and may say, for examples.
-        names: which attacks.
-
-    Returns:
-        by attack, parallel to ``facts``.
-
-    Raises:
-        InputError: an unknown attack.
-    """
-    from editunlearn.evaluation.scoring import ask, asked
-
-    for name in names:
-        if name not in ATTACKS:
-            raise InputError(f"unknown attack {name!r}.{did_you_mean(name, ATTACKS)} Attacks: {', '.join(ATTACKS)}.")
-    found: dict[str, list[Asked]] = {}
-    for name in names:
-        variants = [ATTACKS[name](fact, others, random.Random(f"{seed} {fact.id}")) for fact in facts]
-        items = [
-            asked(lm, fact, prompt=v.prompt, prefix=v.prefix, question=v.question)
-            for fact, of_fact in zip(facts, variants, strict=True)
-            for v in of_fact
-        ]
-        said = iter(ask(lm, items))
-        found[name] = [Asked(of_fact, [next(said) for _ in of_fact]) for of_fact in variants]
-    return found
