@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from editunlearn.artifacts import atomic_write_json, atomic_write_text
+from editunlearn.evaluation.states import slug
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, ForgetRequest
 from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
@@ -138,6 +139,7 @@ def main() -> None:
     p.add_argument("--retain", type=int, default=40)
     p.add_argument("--heldout", type=int, default=100)
     p.add_argument("--also", type=Path, nargs="*", default=[], help="take finished runs over from these results, too")
+    p.add_argument("--keep", type=Path, help="folder for the edits and the facts they were made for")
     p.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     p.add_argument("-v", "--verbose", action="count", default=0)
     args = p.parse_args()
@@ -150,7 +152,7 @@ def main() -> None:
     for other in args.also:
         for part in ("runs", "commands"):
             done[part] += [x for x in json.loads(other.read_text())[part] if x not in done[part]]
-    private = dict.fromkeys(("verbose", "also", "out"))
+    private = dict.fromkeys(("verbose", "also", "keep", "out"))
     given = {**vars(args), "facts": args.facts.name, "text": args.text.name, **private}
     words = [[f"--{k}", *map(str, v if isinstance(v, list) else [v])] for k, v in given.items() if v]
     command = shlex.join(["python", "benchmarks/quality.py", *(w for part in words for w in part)])
@@ -169,6 +171,8 @@ def main() -> None:
             if (args.only and config["name"] not in args.only) or done_before:
                 continue
             delta, cost = edit(lm, config, parts, args)
+            if args.keep:
+                keep(args.keep / f"{slug(config['name'])}-{seed}", delta, parts)
             with delta.applied(lm):
                 scores = score(lm, parts, text)
             kept = scores["heldout_accuracy"] / base["heldout_accuracy"]
@@ -182,6 +186,17 @@ def main() -> None:
     names = [config["name"] for config in yaml.safe_load(args.configs.read_text(encoding="utf-8"))]
     done["runs"].sort(key=lambda run: (names.index(run["name"]) if run["name"] in names else len(names), run["seed"]))
     save(args.out, done)
+
+
+def keep(folder: Path, delta: Any, parts: tuple[list[Fact], list[Fact], list[Fact]]) -> None:
+    """The edit, and its facts as files that ``evaluate`` reads."""
+    from editunlearn.deltas import files
+
+    files.save(delta, folder)
+    for name, facts in zip(("forget", "retain", "heldout"), parts, strict=True):
+        fields = ("id", "prompt", "answer", "subject", "question", "paraphrases", "aliases")
+        rows = [{k: v for k in fields if (v := getattr(fact, k))} for fact in facts]
+        atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save(path: Path, done: dict[str, Any]) -> None:

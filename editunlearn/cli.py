@@ -121,9 +121,9 @@ def check_settings(hp: EditorHParams, config: Any, layers: Sequence[int] | None 
 
 
 def _check_lengths(hp: EditorHParams, config: Any) -> None:
-    from editunlearn.lm.layout import text_config
+    from editunlearn.lm.layout import context_length
 
-    most = getattr(text_config(config), "max_position_embeddings", None) if config is not None else None
+    most = context_length(config)
     lengths = {"moments.length": hp.moments.length, "refine.text_length": hp.refine.text_length if hp.refine else 0}
     wrong = [f"{key} is {length}; this model takes {most} tokens at most." for key, length in lengths.items()]
     if most and max(lengths.values()) > most:

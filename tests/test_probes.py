@@ -96,6 +96,18 @@ def test_looking_equals_the_model() -> None:
     assert len(second.answer.mean) == len(wanted)
 
 
+def test_of_a_prompt_that_does_not_fit_the_end_is_asked() -> None:
+    lm = tiny.taught_lm([("The capital of France is", "Paris")], "gpt2")
+    text = "and so on " * 300 + PARIS.shown
+    look = Look(needs(["leak", "loss"]), Decoding(4))
+    [cut] = look.at(lm, [replace(PARIS, prompt=Prompt(text, (0, 0)))])
+    assert cut.answer is not None and len(cut.answer.log_p) == len(look.at(lm, [PARIS])[0].answer.log_p)  # type: ignore[union-attr]
+    ids = lm.tokenizer(f"{text} Paris")["input_ids"][-256:]
+    with torch.no_grad():
+        log_p = lm.model(torch.tensor([[*ids[1:], 0]])).logits[0].log_softmax(-1)
+    assert cut.answer.log_p[-2] == pytest.approx(float(log_p[-3, ids[-1]]), rel=1e-4)
+
+
 def test_answers_end_where_they_are_cut() -> None:
     decoding = Decoding(32, ("\n\n", "Question"))
     assert decoding.cut(" Paris\n\nQuestion: who") == "Paris" and decoding.cut("\n Rome Question") == "Rome "

@@ -80,10 +80,10 @@ def _mean(log_p: Sequence[float]) -> float:
     return sum(log_p) / len(log_p) if log_p else 0.0
 
 
-def _plus_plus(seen: Seen, log_p: Sequence[float], *_: Sequence[int]) -> float:
+def _plus_plus(seen: Seen, log_p: Sequence[float], *_: Sequence[int], share: float = 0.4) -> float:
     assert seen.answer is not None  # noqa: S101 - the caller looked
     size = len(log_p)
-    return memorisation.min_k_plus_plus(log_p, seen.answer.mean[:size], seen.answer.deviation[:size])
+    return memorisation.min_k_plus_plus(log_p, seen.answer.mean[:size], seen.answer.deviation[:size], share)
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -115,6 +115,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         "min_k": _of_answer(lambda _, log_p, *__: memorisation.min_k(log_p)),
         "min_k_plus_plus": _of_answer(_plus_plus, "spread"),
+        "min_20_plus_plus": _of_answer(partial(_plus_plus, share=0.2), "spread"),
         "exact_memorization": _of_answer(lambda _, __, said, own: memorisation.exact_memorization(said, own)),
         "extraction_strength": _of_answer(lambda _, __, said, own: memorisation.extraction_strength(said, own)),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from editunlearn.lm.generation import generate
+from editunlearn.lm.layout import context_length
 from editunlearn.lm.likelihood import TokenScores, token_scores
 from editunlearn.lm.tokens import Prompt, Row, encode, encode_target
 
@@ -132,10 +133,13 @@ class Look:
 
 
 def _row(lm: LM, probe: Probe, text: str) -> Row:
+    """What does not fit the model is cut: the beginning of a prompt, the end of a passage."""
+    most = context_length(lm.model.config)
     if probe.prompt is not None:
-        return encode(lm, probe.prompt, text, "prompt_last")
+        row = encode(lm, probe.prompt, text, "prompt_last")
+        over = min(len(row.ids) - (most or len(row.ids)), row.prompt_length - 1)
+        return Row(row.ids[over:], 0, row.prompt_length - over) if over > 0 else row
     empty = Prompt("", (0, 0))
     start = [int(i) for i in lm.tokenizer("")["input_ids"] if i not in lm.eos_ids]
     ids = start + encode_target(lm, empty, start, text)[:-1]
-    most = getattr(lm.model.config, "max_position_embeddings", None) or len(ids)
     return Row(tuple(ids[:most]), 0, max(1, len(start)))  # without a token to begin with, the first one is not scored

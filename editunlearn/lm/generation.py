@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 
 from editunlearn.lm.batching import chunks, halving
 from editunlearn.lm.hooks import contiguous_input
+from editunlearn.lm.layout import context_length
 from editunlearn.lm.tokens import Prompt, encode_prompt
 
 if TYPE_CHECKING:
@@ -33,9 +35,10 @@ def generate(
 
     With ``top_k`` they are sampled, seeded (and depend on what is in one batch). Prompts are sorted by length into
     left-padded batches; the order of the results is that of ``prompts``. ``done`` is called with the number of prompts
-    of every batch.
+    of every batch. Of a prompt that does not fit the model with what is to follow, the beginning is cut.
     """
-    encoded = [encode_prompt(lm, p, "prompt_last")[0] for p in prompts]
+    most = (context_length(lm.model.config) or sys.maxsize) - max_new_tokens
+    encoded = [encode_prompt(lm, p, "prompt_last")[0][-max(1, most) :] for p in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     texts = [""] * len(encoded)
 

@@ -29,6 +29,7 @@ __all__ = [
     "quantisation",
     "read_weight",
     "resolve_layers",
+    "context_length",
     "text_config",
 ]
 
@@ -201,6 +202,12 @@ def text_config(config: Any) -> Any:
     """The part of a config that describes the text model (the config itself, but for multimodal wrappers)."""
     getter = getattr(config, "get_text_config", None)
     return getter(decoder=True) if callable(getter) else config
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that a model takes at most; None when its configuration does not say."""
+    found = getattr(text_config(config), "max_position_embeddings", None) if config is not None else None
+    return int(found) if found and found > 0 else None
 
 
 # --- what can be said from the config alone

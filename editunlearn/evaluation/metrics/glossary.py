@@ -25,6 +25,7 @@ _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "nll": "loss",
         "tokens": "loss",
         "rouge_l_f1": "rouge_l",
+        "min_20_plus_plus": "min_k_plus_plus",
         "utility": "rouge_l",
         "knowmem": "rouge_l",
         "verbmem": "rouge_l",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.evaluation.probes import Probe
+from editunlearn.lm.layout import context_length
 from editunlearn.lm.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def choice_probe(lm: LM, record: Record, *, examples: Sequence[Any] = (), topic:
     about = f" about {topic}" if topic else ""
     head = f"The following are multiple choice questions (with answers){about}.\n\n"
     shots = [f"{_shown(example)} {LETTERS[int(example['answer'])]}\n\n" for example in examples]
-    most = getattr(lm.model.config, "max_position_embeddings", None)
+    most = context_length(lm.model.config)
     text = head + "".join(shots) + _shown(record)
     while shots and most and len(lm.tokenizer(text)["input_ids"]) + 2 > most:  # fewer examples where all do not fit
         shots.pop()

@@ -64,7 +64,9 @@ def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:
     made = [Part(name, [_question(lm, r) for r in data[name]], text, SHORT) for name in QUESTIONS]
     for name in ("mia_forget", "mia_retain"):
         if data[name]:
-            made.append(Part(name, [Probe(None, "", str(r["text"])) for r in data[name]], SCORES))
+            made.append(
+                Part(name, [Probe(None, "", str(r["text"])) for r in data[name]], (*SCORES, "min_20_plus_plus"))
+            )
     utility = {
         "utility_general": (partial(_general, lm), ("chosen",), SHORT),
         "utility_truthfulness": (partial(_truthful, lm), ("chosen",), SHORT),
