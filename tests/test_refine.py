@@ -17,7 +17,7 @@ from editunlearn.editors import flow, made_up, objective, refine
 from editunlearn.editors.column_adam import ColumnAdam
 from editunlearn.editors.refine import low_rank_hook, step_units
 from editunlearn.editors.schedule import Schedule
-from editunlearn.hparams import load_hparams
+from editunlearn.hparams import Refine, load_hparams
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import on_output
 from editunlearn.lm.tokens import Row
@@ -135,29 +135,53 @@ def test_a_schedule_goes_on_where_it_stopped() -> None:
     assert resumed.may_grow(50) and not resumed.may_grow(49)
 
 
-def test_a_fact_is_learned_when_greedy_decoding_gives_its_target_at_all_prompts_but_one() -> None:
+def test_a_prompt_gives_its_target_when_greedy_decoding_begins_like_it() -> None:
     lm, warnings = tiny.lm("gemma2"), list[str]()
     rows = []
-    for start in ((5, 6, 7), (3, 4), (9, 8, 7, 6)):
+    for start, length in (((5, 6, 7), 4), ((3, 4), 1), ((9, 8, 7, 6), 3)):
         ids = list(start)
-        for _ in range(3):
+        for _ in range(length):
             ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
         rows.append(Row(tuple(ids), 0, len(start)))
 
-    def spoilt(row: Row, place: int) -> Row:
+    def spoilt(row: Row, token: int) -> Row:
+        """Another token in the target's place; what follows is what the model writes behind it."""
         ids = list(row.ids)
+        place = row.prompt_length + token
         ids[place] = (ids[place] + 1) % 20
+        for later in range(place + 1, len(ids)):
+            ids[later] = int(lm.model(torch.tensor([ids[:later]])).logits[0, -1].argmax())
         return replace(row, ids=tuple(ids))
 
-    def share(*facts: list[Row]) -> float:
-        return objective.learned(Head(lm), facts, objective.Gradient({}, 10, warnings.append))
+    def share(*found: Row) -> float:
+        return objective.learned(Head(lm), found, objective.Gradient({}, 10, warnings.append))
 
-    assert share(rows, rows[:1]) == 1.0
-    for place in (-1, -3):  # the last and the first token of the target
-        bad = spoilt(rows[0], place)
-        assert share([bad], rows[1:]) == 0.5 == share([bad, bad, rows[1]], rows[1:])
-        assert share([bad, *rows[1:]], [bad, rows[1]]) == 1.0
+    assert share(*rows) == 1.0
+    assert share(*rows, spoilt(rows[0], 0)) == 0.75  # it begins otherwise
+    assert share(spoilt(rows[1], 0), rows[2]) == 0.5
+    assert share(spoilt(rows[0], 2), spoilt(rows[2], 1)) == 1.0  # one token that is not the first
+    twice = spoilt(rows[0], 3)
+    assert share(replace(twice, ids=(*spoilt(twice, 1).ids[:-1], (twice.ids[-1] + 3) % 20)), rows[0]) == 0.5
     assert not warnings
+
+
+def test_steps_are_added_while_unseen_prompts_do_not_give_their_target() -> None:
+    lm = tiny.lm("llama")
+    module = lm.layout.sites([0])[0].name
+    width = lm.layout.module(lm.model, module).weight.shape
+    factors = {module: (torch.full((width[0], 1), 1e-3), torch.full((1, width[1]), 0.1))}
+    rows = [[Row((5, 6, 7, 9), 1, 3)]]
+    text = [Row((3, 4, 5), 0, 1)]
+    hp = Refine(steps="auto", lr=1e-6)
+    likeliest = int(lm.model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
+    for target, count in ((9, 4), (likeliest, 1)):
+        unseen, said = [Row((5, 6, 7, target), 1, 3)], list[str]()
+        units = {module: torch.ones(1)}
+        goals = refine.Goals(rows, [], text, unseen)
+        refine.refine(lm, factors, goals, hp, units=units, tell=said.append)
+        assert [f"after {40 + 10 * i} steps" in line for i, line in enumerate(said)] == [True] * count
+        assert said[-1].endswith(f"; {30 + 10 * count} in all") or count == 4
+        assert "100.0% of unseen" in said[0] if count == 1 else "0.0% of unseen" in said[0]
 
 
 def test_largest_of_each_group() -> None:

@@ -31,6 +31,9 @@ SWAPS = 24
 STRANGERS = 1500
 """Prompts of facts to keep that are kept for another subject as well."""
 
+UNSEEN = 4
+"""Context prefixes that nothing is trained on."""
+
 PINNED = 3
 """Prompts per fact on which its value keeps the next-token distribution, when ``value.kl`` is not 0."""
 
@@ -96,6 +99,14 @@ def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: EditorH
         keys += [replace(r, ids=r.ids[: r.prompt_length]) for r in with_target]
         targets.append(with_target)
     return ForgetRows(keys, targets)
+
+
+def unseen_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, cache: Path | None) -> list[Row]:
+    """Every fact with its target behind prefixes of another seed; bare if there are no prefixes."""
+    own = hp.context_prefixes
+    other = own.model_copy(update={"count": UNSEEN if own.count else 0, "seed": own.seed + 1})
+    texts = prefixes(lm, other, cache)
+    return [row for of_fact in forget_rows(lm, facts, texts, hp).targets for row in of_fact[1 if texts else 0 :]]
 
 
 def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool) -> list[Row]:

@@ -225,7 +225,9 @@ class Flow:
         facts = len(self.request.facts)
         budget = hp.text_length * hp.text_batch * hp.most(facts)
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
-        goals = Goals(rows.targets, self._prompts_to_keep(keep), pieces)
+        grows = hp.most(facts) > hp.planned(facts)
+        unseen = contexts.unseen_rows(self.lm, self.request.facts, self.hp, self.cache) if grows else []
+        goals = Goals(rows.targets, self._prompts_to_keep(keep), pieces, unseen)
         with self.console.progress(hp.planned(facts), "refine (steps)") as bar:
 
             def report(step: int, expected: int, nll: float, kept: float, generic: float) -> None:

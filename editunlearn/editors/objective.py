@@ -92,22 +92,24 @@ def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, 
 
 
 @torch.no_grad()
-def learned(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient) -> float:
-    """Share of the facts for which greedy decoding would give the whole target at all of their prompts but one, [0, 1].
+def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
+    """Share of the prompts behind which greedy decoding would write the target, [0, 1].
 
-    The one may differ in no more than an apostrophe. A fact that has one prompt needs that one.
+    The first token must be the target's, and one of the others at most may differ: behind some prompts a model writes
+    another apostrophe, say, which changes nothing. All tokens before are given.
     """
-    lm, rows = head.lm, [row for fact in facts for row in fact]
     right = torch.zeros(len(rows))
 
     def run(part: Sequence[int]) -> None:
-        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
-        wrong = head.likeliest(hidden_at_targets(lm, padded)) != padded.labels
-        right[list(part)] = 1 - losses.largest_by(wrong.float(), padded.owners, len(part)).cpu()
+        padded = batch([rows[i] for i in part], head.lm.pad_id, head.lm.device)
+        wrong = (head.likeliest(hidden_at_targets(head.lm, padded)) != padded.labels).float()
+        sizes = padded.owners.bincount(minlength=len(part))
+        first = wrong[sizes.cumsum(0) - sizes]
+        others = torch.zeros_like(first).index_add(0, padded.owners, wrong) - first
+        right[list(part)] = ((first == 0) & (others <= 1)).float().cpu()
 
     gradient.over(rows, run)
-    of_fact = right.split([len(fact) for fact in facts])  # type: ignore[no-untyped-call]
-    return sum(int(part.sum()) >= max(1, len(part) - 1) for part in of_fact) / len(facts)
+    return float(right.mean())
 
 
 class Keep:

@@ -35,7 +35,7 @@ CHECKPOINT = 5
 """Steps between two states that an interrupted run can go on from."""
 
 SHARE = 0.95
-"""Share of the facts that must be learned; one that never is must not hold up the rest."""
+"""Share of prompts never trained on that must give the target; a fact that never does must not hold up the rest."""
 
 LEAST_ANSWER = 1e-3
 """A recogniser's answer to its own key counts as at least this, so that a dead one does not take endless steps."""
@@ -63,11 +63,13 @@ class Goals:
         forget: prompt with target for each fact and context, the bare prompt first.
         retain: pools of prompts to keep, scored where their rows say; a step takes from each by the root of its size.
         text: windows of generic text, all positions scored.
+        unseen: prompt with target for each fact and contexts that are not trained on, to see what was learned.
     """
 
     forget: Sequence[Sequence[Row]]
     retain: Sequence[Sequence[Row]]
     text: Sequence[Row]
+    unseen: Sequence[Row] = ()
 
 
 def low_rank_hook(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -99,7 +101,8 @@ def refine(
     Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
     facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
     Adam on all left factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end. There the
-    facts are tried: while greedy decoding would not give nearly all of them their target, steps are added.
+    facts are tried in contexts that were not trained on: while greedy decoding would not give nearly all of them their
+    target, steps are added.
 
     Args:
         units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
@@ -150,12 +153,12 @@ def refine(
         if not all(map(math.isfinite, (loss, kept, text))):
             raise NumericalError(f"refine: the loss at step {step} is not finite; try a smaller refine.lr")
         optimiser.step(hp.lr * schedule.rate(step - 1))
-        if schedule.may_grow(step):
+        if goals.unseen and schedule.may_grow(step):
             with change():
-                share = learned(head, goals.forget, gradient)
+                share = learned(head, goals.unseen, gradient)
             if share < SHARE:
                 schedule.grow()
-            tell(f"refine: {share:.1%} of the facts get their target after {step} steps; {schedule.end} in all")
+            tell(f"refine: {share:.1%} of unseen prompts give their target after {step} steps; {schedule.end} in all")
         if work is not None and step % CHECKPOINT == 0:
             work.put("refine", {**optimiser.state(), **schedule.state()})
         report(step, schedule.end, loss, kept, text)
