@@ -80,7 +80,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--targets",
         default=DEFAULT_TARGETS,
-        help="refusal (one of many, per fact), refusal:TEXT, empty, random or counterfactual "
+        help="refusal (one of many, per fact), refusal:TEXT, self (in the model's own words), empty, random or "
+        "counterfactual "
         f"(default: {DEFAULT_TARGETS})",
     )
     group.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")

@@ -95,7 +95,8 @@ def forget(
 
     Args:
         retain: facts that must stay; the shipped general facts always count too.
-        targets: what to say instead: ``refusal``, ``refusal:TEXT``, ``empty``, ``random`` or ``counterfactual``.
+        targets: what to say instead: ``refusal``, ``refusal:TEXT``, ``self``, ``empty``, ``random`` or
+            ``counterfactual``.
         out: the delta is saved here, and finished stages kept here, so that the same call goes on after a kill.
         cache: folder for statistics; default :func:`editunlearn.lm.loading.default_cache_dir`.
         past: keys of earlier edits to preserve.
@@ -113,11 +114,16 @@ def forget(
     from editunlearn.console import Console
     from editunlearn.evaluation import scoring
     from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.recipes import self_refusals
     from editunlearn.workspace import Workspace
 
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
-    filled = fill_targets(facts, targets, seed=hp.seed, pool=[*facts, *retain] if targets == "random" else None)
+    own = facts
+    if targets == self_refusals.TARGETS:
+        with stages.timed("refusals"):
+            own = self_refusals.write(lm, facts, seed=hp.seed, cache=cache, console=console)
+    filled = fill_targets(own, targets, seed=hp.seed, pool=[*facts, *retain] if targets == "random" else None)
     prompts = {comparable(f.prompt) for f in filled}
     retain = [f for f in retain if comparable(f.prompt) not in prompts]
     kept = without(retain, filled, console)

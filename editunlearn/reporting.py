@@ -85,6 +85,7 @@ def check_out(
     from editunlearn.deltas.manifest import fact_set
     from editunlearn.hparams import resolved
     from editunlearn.lm.loading import asked_dtype
+    from editunlearn.recipes import self_refusals
 
     ways = "Choose another folder, or give --force."
     if not (out / MANIFEST).is_file():
@@ -99,12 +100,15 @@ def check_out(
     earlier = past.digest() if past is not None else ""
     salt = there.facts[0].salt if there.facts else None
     asked = fact_set(facts, retain=without(retain, facts), past=earlier, salt=salt)
+    same = [part.sha256 for part in there.facts] == [asked.sha256]
+    if args.targets == self_refusals.TARGETS:  # the model has not written them yet
+        same = [part.ids for part in there.facts] == [asked.ids] and there.target_strategy.startswith(args.targets)
     wanted = asked_dtype(args.dtype)
     dtypes = {site.base_dtype for site in there.sites.values()}
     other = [
         name
         for name, differs in {
-            "facts or targets": [part.sha256 for part in there.facts] != [asked.sha256],
+            "facts or targets": not same,
             "retain facts or past keys": [part.beside for part in there.facts] not in ([asked.beside], [None]),
             "dtype": wanted is not None and dtypes != {dtype_name(wanted)},
             "model": (there.base.name, there.base.revision) != (args.model, args.revision),

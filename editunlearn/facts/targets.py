@@ -15,7 +15,7 @@ from editunlearn.facts.refusals import load_refusals
 DEFAULT_TARGETS = "refusal:I don't know."
 """One text for all facts. A refusal chosen per fact reads less uniform, but every fact then needs a direction of its
 own, which is harder to write without harm to others."""
-SPECS = ("refusal", "refusal:TEXT", "empty", "random", "counterfactual")
+SPECS = ("refusal", "refusal:TEXT", "self", "empty", "random", "counterfactual")
 
 
 def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[Fact] | None = None) -> list[Fact]:
@@ -27,9 +27,10 @@ def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[
     Args:
         facts: the facts to forget, in any order; the result keeps it.
         spec: ``"refusal"``: one of the shipped refusals, chosen per fact; ``"refusal:TEXT"``: this text for
-            all; ``"empty"``: "", end the turn at once; ``"random"``: the answer of another fact, of the same
-            relation when there is one, never the true answer or an alias of it; ``"counterfactual"``: every
-            fact brings its own target.
+            all; ``"self"``: like "refusal", for what :mod:`editunlearn.recipes.self_refusals` has not given the
+            model's own words; ``"empty"``: "", end the turn at once; ``"random"``: the answer of another fact, of
+            the same relation when there is one, never the true answer or an alias of it; ``"counterfactual"``:
+            every fact brings its own target.
         seed: of the choices.
         pool: facts to take answers from for "random"; the facts themselves when None.
 
@@ -68,7 +69,7 @@ def _chooser(facts: Sequence[Fact], spec: str, seed: int, pool: Sequence[Fact] |
         if not fixed:
             raise InputError('targets "refusal:" names no text. Use "empty" to have nothing said.')
         return lambda fact: fixed
-    if spec == "refusal":
+    if spec in ("refusal", "self"):
         bank = load_refusals()
         return lambda fact: bank[_draw(seed, fact.id, len(bank))]
     if spec == "empty":
