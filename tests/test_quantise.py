@@ -55,3 +55,15 @@ def test_what_cannot_be() -> None:
         round_to_nearest(weight(), 1)
     with pytest.raises(ValueError, match="group of 60 does not divide rows of 128"):
         nf4(weight(), 60)
+
+
+def test_bitsandbytes_rounds_alike() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(3)) * 0.02
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(functional.dequantize_4bit(packed, state), nf4(weight, 64))
+    half = weight.half()
+    theirs = functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(half)[:2]).float()
+    level = half.float().abs().amax(1, keepdim=True) / 127
+    # theirs divides in half precision, so that what lies between two levels may go to the other one
+    assert ((theirs - round_to_nearest(half.float(), 8)).abs() <= 1.01 * level).all()
