@@ -26,7 +26,7 @@ from editunlearn.artifacts import atomic_write_json, atomic_write_text
 from editunlearn.evaluation.states import slug
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, ForgetRequest
-from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
+from editunlearn.facts.targets import DEFAULT_TARGETS
 from editunlearn.hparams import load_hparams, resolved
 
 DISTRACTION = "My neighbour told me a long story about his garden yesterday. "
@@ -103,16 +103,17 @@ def edit(
     from editunlearn import editors
     from editunlearn.console import Console
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import general_facts
+    from editunlearn.pipeline import general_facts, with_targets
 
     forget, retain, heldout = parts
     hp = hparams_of(config)
-    filled = fill_targets(forget, config.get("targets", DEFAULT_TARGETS), seed=hp.seed)
     console = Console(quiet=not args.verbose, verbose=args.verbose)
-    general = general_facts(lm, [*filled, *heldout], retain, default_cache_dir(), console)
+    targets, cache = config.get("targets", DEFAULT_TARGETS), default_cache_dir()
+    filled = with_targets(lm, forget, targets, seed=hp.seed, retain=retain, cache=cache, console=console)
+    general = general_facts(lm, [*filled, *heldout], retain, cache, console)
     start = time.perf_counter()
     request = ForgetRequest(tuple(filled), tuple(retain), tuple(general.known), tuple(general.names))
-    delta = editors.fit(lm, request, hp, cache=default_cache_dir(), console=console)
+    delta = editors.fit(lm, request, hp, cache=cache, console=console)
     seconds = time.perf_counter() - start
     norms = {name: round(site.relative_norm or 0.0, 4) for name, site in delta.manifest.sites.items()}
     gains = [site.gain for site in delta.manifest.sites.values() if site.gain is not None]

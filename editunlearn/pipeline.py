@@ -114,16 +114,11 @@ def forget(
     from editunlearn.console import Console
     from editunlearn.evaluation import scoring
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.recipes import self_refusals
     from editunlearn.workspace import Workspace
 
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
-    own = facts
-    if targets == self_refusals.TARGETS:
-        with stages.timed("refusals"):
-            own = self_refusals.write(lm, facts, seed=hp.seed, cache=cache, console=console)
-    filled = fill_targets(own, targets, seed=hp.seed, pool=[*facts, *retain] if targets == "random" else None)
+    filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
     prompts = {comparable(f.prompt) for f in filled}
     retain = [f for f in retain if comparable(f.prompt) not in prompts]
     kept = without(retain, filled, console)
@@ -160,6 +155,27 @@ def forget(
         make_room(out, delta)
         finish(out, delta, filled if store_facts else None)
     return Outcome(delta, request, extended, before, after, stages)
+
+
+def with_targets(
+    lm: LM,
+    facts: Sequence[Fact],
+    targets: str,
+    *,
+    seed: int,
+    retain: Sequence[Fact] = (),
+    cache: Path | None = None,
+    console: Console,
+    stages: Stages | None = None,
+) -> list[Fact]:
+    """``facts`` with what is to be said instead, for which the model itself may be asked."""
+    from editunlearn.recipes import self_refusals
+
+    own = facts
+    if targets == self_refusals.TARGETS:
+        with (stages or Stages()).timed("refusals"):
+            own = self_refusals.write(lm, facts, seed=seed, cache=cache, console=console)
+    return fill_targets(own, targets, seed=seed, pool=[*facts, *retain] if targets == "random" else None)
 
 
 def finish(out: Path, delta: LowRankDelta, facts: Sequence[Fact] | None) -> None:
