@@ -84,6 +84,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "counterfactual "
         f"(default: {DEFAULT_TARGETS})",
     )
+    group.add_argument(
+        "--merge-queries",
+        nargs="?",
+        const="subject",
+        metavar="BY",
+        help="let facts share a value: by subject (the default), key, run or all; more in hparams: merge",
+    )
     group.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
     group.add_argument("--split", default="train", help="split of a hub dataset")
     group.add_argument("--limit", type=int, help="only the first N facts")

@@ -97,7 +97,8 @@ def load_settings(args: argparse.Namespace, config: Any, console: Console) -> Ed
     from editunlearn import hparams_easyedit
     from editunlearn.hparams import load_hparams
 
-    extra = [f"seed={args.seed}"] if args.seed is not None else []
+    given = {"seed": args.seed, "merge.by": getattr(args, "merge_queries", None)}
+    extra = [f"{key}={value}" for key, value in given.items() if value is not None]
     kind = getattr(config, "model_type", None)
     hp = load_hparams(args.hparams, set=[*args.set, *extra], model_type=kind, format=args.hparams_format)
     if args.hparams_format == "easyedit":

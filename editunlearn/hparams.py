@@ -161,6 +161,23 @@ class NullSpace(Piece):
     )
 
 
+class Merge(Piece):
+    """Facts that share a value, and perhaps a key (query merging); null: each has its own."""
+
+    by: Literal["subject", "key", "run", "all"] = Field(
+        default="subject",
+        description="What goes together: facts about one subject, facts with similar keys, so many in a row, or all.",
+    )
+    size: Whole = Field(
+        default=10,
+        ge=2,
+        description="Facts of a group, at most (key: on average); all: so many of them are optimised on.",
+    )
+    keys: Literal["sample", "group"] = Field(
+        default="sample", description="A key for each fact, or one for each group: the mean."
+    )
+
+
 LEAST_STEPS, STEPS_PER_FACT = 40, 5
 """Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
 
@@ -215,6 +232,7 @@ class EditorHParams(Piece):
         default_factory=ContextPrefixes,
         description="Texts put before the prompt, so that the edit holds in context.",
     )
+    merge: Merge | None = Field(default=None, description="Query merging; null: every fact has its own value and key.")
     value: Value = Field(default_factory=Value, description="How the new values are optimised.")
     moments: Moments = Field(default_factory=Moments, description="Second moment of the keys over text.")
     retain: Retain = Field(default_factory=Retain, description="Preservation of retain facts.")

@@ -131,7 +131,7 @@ def run(
         method=hp.method,
         hparams=resolved(hp),
         facts=request.facts,
-        columns=[f.id for f in request.facts],
+        columns=found.columns,
         target_strategy=target_strategy,
         seeds={"seed": hp.seed},
         retain=request.retain,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from editunlearn.editors import contexts, keys, lookalikes, moments, spread, values
+from editunlearn.editors import contexts, keys, lookalikes, merging, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem, made_anew
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.refine import LEAST_ANSWER, Goals, low_rank_hook, refine, step_units
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from editunlearn.console import Console
     from editunlearn.editors.contexts import ForgetRows
+    from editunlearn.editors.merging import Groups
     from editunlearn.editors.moments import SiteMoment
     from editunlearn.facts.records import Fact, ForgetRequest
     from editunlearn.hparams import EditorHParams
@@ -42,11 +43,19 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit leaves: factors by module name, the keys that it wrote (for later edits), the loss of each value."""
+    """What a fit leaves.
+
+    Attributes:
+        factors: by module name.
+        past: the keys that it wrote, for later edits.
+        value_loss: of each fact.
+        columns: for each column of the factors the id of its fact, None where it serves several.
+    """
 
     factors: dict[str, Pair]
     past: PastKeys
     value_loss: Tensor
+    columns: list[str | None]
 
 
 @dataclass
@@ -61,6 +70,10 @@ class Flow:
     work: Workspace
     cache: Path | None
     console: Console
+
+    def __post_init__(self) -> None:
+        """Nothing is merged until :meth:`run` has looked at the keys."""
+        self.groups = merging.alone(len(self.request.facts))
 
     def run(self) -> Fit:
         """All stages in order.
@@ -84,12 +97,26 @@ class Flow:
         rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp)
         keep = self._keep()
         second = self._moments(sites)
+        self.groups = self._merged(rows, sites[0])
         found = self._values(rows, keep, sites)
         factors, solved = self.solve(sites, rows, keep, second, found)
         if self.hp.refine is not None:
             factors = self._refine(factors, solved, rows, keep)
         _check_finite(factors)
-        return Fit(factors, self.past.extended({name: p.keys for name, p in solved.items()}), found.loss)
+        past = self.past.extended({name: p.keys for name, p in solved.items()})
+        return Fit(factors, past, found.loss, self.groups.ids(self.request.facts))
+
+    def _merged(self, rows: ForgetRows, site: Site) -> Groups:
+        """Which facts share a value."""
+        facts, hp = self.request.facts, self.hp.merge
+        if hp is None:
+            return self.groups
+        raw = keys.collect(self.lm, rows.keys, [site], warn=self.console.warn)[site.name] if hp.by == "key" else None
+        found = merging.groups(facts, hp, keys.average(raw, len(facts)) if raw is not None else None)
+        self.console.info(f"merged by {hp.by}: {found.shape} (-v names them)")
+        for group in found.members:
+            self.console.detail("together: " + ", ".join(facts[number].id for number in group))
+        return found
 
     def _keep(self) -> list[Fact]:
         """Facts to keep: the user's first, then the shipped ones, evenly thinned to ``retain.max_keys``."""
@@ -114,11 +141,12 @@ class Flow:
         if kept is not None:
             self.console.info(f"values: {len(rows.targets)} from the interrupted run")
             return values.Values(**kept)
-        problems = contexts.problems(self.lm, self.request.facts, rows, keep, self.hp)
+        problems = self.groups.problems(contexts.problems(self.lm, self.request.facts, rows, keep, self.hp))
         at = spread.value_modules(self.lm, sites, self.hp.value.spread)
         store = values.Store(self.work)
-        with self.console.progress(len(problems), "values (facts)") as bar:
-            found = values.optimise(
+        unit = "facts" if self.hp.merge is None else "groups"
+        with self.console.progress(len(problems), f"values ({unit})") as bar:
+            of_groups = values.optimise(
                 self.lm,
                 problems,
                 at,
@@ -128,12 +156,13 @@ class Flow:
                 progress=bar.update,
                 warn=self.console.warn,
             )
+        found = self.groups.values(of_groups)
         self.work.put("values", vars(found))
         store.clear()
         hard = [f.id for f, loss in zip(self.request.facts, found.loss.tolist(), strict=True) if loss > 2]
         if hard and self.hp.refine is None:  # refine trains them further
             self.console.warn(
-                f"{len(hard)} of {len(problems)} values did not converge (loss above 2), first {hard[0]!r}; "
+                f"{len(hard)} of {len(found.loss)} values did not converge (loss above 2), first {hard[0]!r}; "
                 "try more value.steps"
             )
         return found
@@ -176,9 +205,9 @@ class Flow:
         facts, width = len(self.request.facts), raw.shape[1]
         measured = second.get(site.name)
         return SiteProblem(
-            keys=keys.average(raw, facts),
-            bare=raw.reshape(facts, -1, width)[:, 0],
-            residuals=wanted if wanted is not None else torch.zeros(facts, 1),
+            keys=self.groups.columns(keys.average(raw, facts)),
+            bare=self.groups.columns(raw.reshape(facts, -1, width)[:, 0]),
+            residuals=self.groups.columns(wanted if wanted is not None else torch.zeros(facts, 1)),
             moment=measured.moment if measured is not None else None,
             retain=kept.get(site.name, raw[:0]),
             past=self.past.keys.get(site.name, raw[:0]),
