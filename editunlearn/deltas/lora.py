@@ -78,7 +78,7 @@ def export_lora(
             range.
         NumericalError: a factor is not finite; nothing is written.
     """
-    check_finite(delta.factors)
+    check_finite(delta.tensors())
     if not delta.factors:
         raise InputError("the delta is empty: there is nothing to export as a LoRA.")
     check_rank(max_rank)

@@ -48,7 +48,7 @@ def merge(lm: LoadedModel, delta: LowRankDelta, *, force: bool = False) -> dict[
         StaleError: other base weights, and not ``force``.
         NumericalError: a merged weight would not be finite.
     """
-    check_finite(delta.factors)
+    check_finite(delta.tensors())
     for name in delta.factors:
         read_weight(lm.model, name)  # refuses a quantised module with what to do about it
         _refuse_tied(lm.model, name)
@@ -100,7 +100,7 @@ def merge_folder(
     base, out = Path(base_dir), Path(out_dir)
     if out.resolve() == base.resolve():
         raise InputError(f"{out} is the base model itself; a merge is not done in place. Choose another folder.")
-    check_finite(delta.factors)
+    check_finite(delta.tensors())
     tensors = shards.read_checkpoint(base)
     edited = _edited_tensors(base, delta, tensors)
     report = _check_tensors(base, delta, edited, force)

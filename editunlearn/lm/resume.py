@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from editunlearn.lm.head import before_head, hidden_of
 from editunlearn.lm.hooks import first_tensor, stack
+from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Whole:
 
     def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
-        return hidden_of(self.lm, scored, lambda: self.lm.model(**self.padded.inputs, use_cache=False))
+        return hidden_of(self.lm, scored, lambda: forward(self.lm.model, self.padded))
 
 
 @dataclass(frozen=True)
