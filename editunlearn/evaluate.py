@@ -152,9 +152,7 @@ def _is_facts(suite: str) -> bool:
     return suite.partition(":")[0] == "facts"
 
 
-def _facts(
-    args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequence[Treatment]
-) -> tuple[Any, Any]:
+def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequence[Treatment]) -> tuple[Any, Any]:
     """Facts with the targets that the first edit was made with, and retain facts."""
     from editunlearn.facts.readers import load_facts
     from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets

@@ -184,9 +184,7 @@ def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     console.result_json({"facts": delta.manifest.fact_count, "sites": sites, **shape})
     if isinstance(delta, LowRankDelta):
         merged = args.out / "merged"
-        console.next_step(
-            ["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(merged)]
-        )
+        console.next_step(["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(merged)])
 
 
 if __name__ == "__main__":

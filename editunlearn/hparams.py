@@ -260,6 +260,10 @@ class MemoryHParams(MethodHParams):
         raise NotImplementedError
 
 
+Located = EditorHParams | MemoryHParams
+"""Settings that say at which token of a prompt to look."""
+
+
 class Described(NamedTuple):
     """One setting for documents and headers."""
 

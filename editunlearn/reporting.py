@@ -182,7 +182,13 @@ def write(
         outcome.past.save(out / "past_keys.safetensors")
     if "lora" in made.save:
         with atomic_dir(out / "lora") as folder:
-            lora = export_lora(written(outcome.delta, "--save lora"), folder, manifest.base.name, revision=manifest.base.revision, lm=lm)
+            lora = export_lora(
+                written(outcome.delta, "--save lora"),
+                folder,
+                manifest.base.name,
+                revision=manifest.base.revision,
+                lm=lm,
+            )
             atomic_write_text(folder / "README.md", model_card(manifest, rows, [command], kind="lora"))
         for name, share in lora.discarded.items():
             console.warn(f"lora: {name}: {share:.2%} of the edit was cut off to rank {lora.rank}")

@@ -174,8 +174,8 @@ def _limits(manifest: BaseManifest, attacks: Sequence[str]) -> str:
         )
     if isinstance(manifest, MemoryManifest):
         shared = (
-            "The knowledge is still in the weights, all of it: the memory covers it up for those who use the model with "
-            "it. That suits a model behind an interface. To give weights away, use a method that changes them."
+            "The knowledge is still in the weights, all of it: the memory covers it up for those who use the model "
+            "with it. That suits a model behind an interface. To give weights away, use a method that changes them."
         )
     else:
         shared = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Codebook:
     where: Replace
 
     KIND: ClassVar[Literal["codebook"]] = "codebook"
+    PARTS: ClassVar[tuple[str, ...]] = ("keys", "values", "radii")
 
     def __post_init__(self) -> None:
         shapes = [tuple(t.shape) for t in (self.keys, self.values, self.radii)]
@@ -45,17 +46,14 @@ class Codebook:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Codebook:
-        """From what ``tensors`` and ``settings`` gave; raises KeyError or ValueError when that does not fit."""
-        if settings["where"] not in ("last", "prompt", "all"):
-            raise ValueError(f"a codebook replaces outputs at last, prompt or all, not {settings['where']!r}")
-        return cls(tensors["keys"], tensors["values"], tensors["radii"], settings["where"])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is saved."""
-        return {"keys": self.keys, "values": self.values, "radii": self.radii}
+        """From its parts and ``settings``; raises ValueError when they do not fit."""
+        where: Any = settings.get("where")
+        if where not in get_args(Replace):
+            raise ValueError(f"a codebook replaces outputs at last, prompt or all, not {where!r}")
+        return cls(**tensors, where=where)
 
     def settings(self) -> dict[str, Any]:
-        """What else is saved."""
+        """What is saved beside its parts."""
         return {"where": self.where}
 
     @property

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from editunlearn.artifacts import atomic_path, atomic_write_bytes, json_bytes, sha256_file
 from editunlearn.deltas.arithmetic import dtype_name, weight_sha256
 from editunlearn.deltas.build import check_finite
-from editunlearn.deltas.kinds import KINDS, Delta, delta_of
+from editunlearn.deltas.kinds import KINDS, Delta, delta_of, tensor_names
 from editunlearn.deltas.lowrank import LoadedModel, check_fits, stored_weight
 from editunlearn.deltas.manifest import (
     FORMAT,
@@ -94,15 +94,13 @@ def load(directory: str | Path, lm: LoadedModel | None = None) -> Delta:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}).") from error
+    if found.keys() != (expected := tensor_names(manifest)):
+        different = ", ".join(sorted(found.keys() ^ expected))
+        raise InputError(f"{path}: its tensors are not those of {MANIFEST}; different: {different}.")
     try:
         delta = delta_of(found, manifest)
-    except KeyError as error:
-        raise InputError(f"{path}: its tensors are not those of {MANIFEST}; {error.args[0]!r} is missing.") from error
     except ValueError as error:
         raise InputError(f"{path}: {error}.") from error
-    if found.keys() != delta.tensors().keys():
-        more = ", ".join(sorted(found.keys() - delta.tensors().keys()))
-        raise InputError(f"{path}: its tensors are not those of {MANIFEST}; different: {more}.")
     if lm is not None:
         check_fits(delta.manifest, lm.model)
     return delta

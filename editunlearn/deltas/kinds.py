@@ -22,11 +22,18 @@ KINDS: Mapping[str, type[Manifest] | type[MemoryManifest]] = MappingProxyType(
 )
 
 
+def tensor_names(manifest: Manifest | MemoryManifest) -> set[str]:
+    """Names of the tensors in the file of the delta that a manifest describes."""
+    if isinstance(manifest, MemoryManifest):
+        return {f"{name}.{part}" for name, site in manifest.sites.items() for part in memory.KINDS[site.kind].PARTS}
+    return {f"{name}.{side}" for name in manifest.sites for side in ("left", "right")}
+
+
 def delta_of(tensors: Mapping[str, Tensor], manifest: Manifest | MemoryManifest) -> Delta:
     """The delta that a manifest describes.
 
     Raises:
-        KeyError: a tensor is missing. ValueError: they are not what the manifest says.
+        ValueError: the tensors are not what the manifest says.
     """
     if isinstance(manifest, MemoryManifest):
         return MemoryDelta.of(tensors, manifest)

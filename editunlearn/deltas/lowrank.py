@@ -109,11 +109,7 @@ class LowRankDelta:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], manifest: Manifest) -> LowRankDelta:
-        """From what ``tensors`` gave.
-
-        Raises:
-            KeyError: one is missing. ValueError: they are not what the manifest says.
-        """
+        """From what ``tensors`` gave; raises ValueError when that is not what the manifest says."""
         sites = manifest.sites
         return cls({name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in sites}, manifest)
 

@@ -31,10 +31,15 @@ if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
 
 Memory = Codebook
-"""Every kind has ``KIND``, ``count``, ``shape``, ``operations``, ``tensors``, ``settings``, ``of``, ``to``, ``only``,
-``joined`` and ``change``."""
+"""Every kind has ``KIND``, ``PARTS`` (its tensors), ``count``, ``shape``, ``operations``, ``settings``, ``of``, ``to``,
+``only``, ``joined`` and ``change``."""
 
-_MEMORIES: Mapping[str, type[Memory]] = MappingProxyType({m.KIND: m for m in (Codebook,)})
+KINDS: Mapping[str, type[Memory]] = MappingProxyType({m.KIND: m for m in (Codebook,)})
+
+
+def parts_of(memory: Memory) -> list[tuple[str, Tensor]]:
+    """Name and tensor of each part of a memory."""
+    return [(part, getattr(memory, part)) for part in memory.PARTS]
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,16 @@ class MemoryDelta:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], manifest: MemoryManifest) -> MemoryDelta:
-        """From what ``tensors`` gave.
-
-        Raises:
-            KeyError: one is missing. ValueError: they are not what the manifest says.
-        """
+        """From what ``tensors`` gave; raises ValueError when that is not what the manifest says."""
         memories = {}
         for name, site in manifest.sites.items():
-            own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-            memories[name] = _MEMORIES[site.kind].of(own, site.settings)
+            kind = KINDS[site.kind]
+            memories[name] = kind.of({part: tensors[f"{name}.{part}"] for part in kind.PARTS}, site.settings)
         return cls(memories, manifest)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by the names that they have in a file."""
-        return {f"{name}.{part}": t for name, memory in self.memories.items() for part, t in memory.tensors().items()}
+        return {f"{name}.{part}": t for name, memory in self.memories.items() for part, t in parts_of(memory)}
 
     @property
     def nbytes(self) -> int:
@@ -222,6 +223,6 @@ def _recorded(site: BaseSite, memory: Memory, entries: Sequence[tuple[str, ...]]
         kind=memory.KIND,
         entries=tuple(entries),
         settings=memory.settings(),
-        nbytes=sum(tensor.nbytes for tensor in memory.tensors().values()),
+        nbytes=sum(tensor.nbytes for _, tensor in parts_of(memory)),
         operations=memory.operations,
     )

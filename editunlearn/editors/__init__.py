@@ -160,6 +160,6 @@ def check_past(hp: MethodHParams, past: PastKeys | None) -> None:
 
     if isinstance(hp, MemoryHParams) and past is not None and past.keys:
         raise InputError(
-            f"{hp.method} changes no weights, so that it cannot disturb the keys of earlier edits: leave --past out. To "
-            "go on with an earlier memory, put both together: editunlearn export --delta FIRST --compose SECOND."
+            f"{hp.method} changes no weights, so that it cannot disturb the keys of earlier edits: leave --past out. "
+            "To go on with an earlier memory, put both together: editunlearn export --delta FIRST --compose SECOND."
         )

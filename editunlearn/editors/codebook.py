@@ -88,8 +88,8 @@ def _values(stage: Stage[HParams], made: Balls, rows: list[Row]) -> Tensor:
     hard = int((found.loss > 1).sum())
     if hard:
         stage.console.warn(
-            f"{hard} of {len(problems)} values did not converge (loss above 1); try more value.steps, an earlier layer, "
-            "or where=all"
+            f"{hard} of {len(problems)} values did not converge (loss above 1); try more value.steps, an earlier "
+            "layer, or where=prompt"
         )
     return (found.clean + found.change)[:, 0].contiguous()
 

@@ -57,7 +57,7 @@ class HParams(MemoryHParams):
         "(facts with one target, such as one refusal for all, then share balls that grow over what is between them).",
     )
     where: Literal["last", "prompt", "all"] = Field(
-        default="last",
+        default="prompt",
         description="Outputs that are replaced: at the prompt's last token, at all of its tokens, or at all tokens, "
         "the answer's too.",
     )

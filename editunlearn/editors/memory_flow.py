@@ -1,4 +1,4 @@
-"""The flow of every method that keeps a memory beside one layer: rows of the facts, prompts to keep, the method's fit."""
+"""The flow of methods that keep a memory beside one layer: rows of the facts, prompts to keep, the method's fit."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def balls(keys: Tensor, labels: Sequence[Hashable], start: Tensor, settled: int 
 
 
 def clear_of(radii: Tensor, centres: Tensor, others: Tensor, share: float) -> Tensor:
-    """Radii (n,) of balls around ``centres`` (n, d), cut to ``share`` of the way to the nearest of ``others`` (m, d)."""
+    """Radii (n,) of balls at ``centres`` (n, d), cut to ``share`` of the way to the nearest of ``others`` (m, d)."""
     if len(others) == 0:
         return radii
     return torch.minimum(radii, share * distances(centres, others).min(1).values.to(radii))
