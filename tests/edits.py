@@ -40,6 +40,13 @@ def request(forget: Sequence[int] = (0, 1, 2), keep: Sequence[int] = (3, 4)) -> 
 
 MEMORY: dict[str, dict[str, Any]] = {
     "grace": {"layers": [1], "context_prefixes": {"count": 2, "tokens": 5}, "value": {"steps": 12}, "keep": 60},
+    "wise": {
+        "layers": [1],
+        "context_prefixes": {"count": 2, "tokens": 5},
+        "side": {"steps": 40, "lr": 0.2, "mask": 0.8},
+        "shards": {"size": 2, "per_memory": 1},
+        "keep": 60,
+    },
 }
 
 

@@ -37,7 +37,7 @@ def forgetful() -> tuple[Any, ForgetRequest]:
 
 
 def made(lm: Any, method: str, *set_: str, forget: tuple[int, ...] = (0, 1, 2)) -> MemoryDelta:
-    delta = editors.fit(lm, request(forget, (3, 4)), settings(method, "", *set_))
+    delta = editors.fit(lm, request(forget, (3, 4, 5)), settings(method, "", *set_))
     assert isinstance(delta, MemoryDelta)
     return delta
 

@@ -22,6 +22,7 @@ from editunlearn.deltas.manifest import (
     hash_id,
     installed_versions,
 )
+from editunlearn.deltas.side import SideMemory
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm.hooks import on_output
 from editunlearn.lm.sequences import watched
@@ -30,11 +31,11 @@ from editunlearn.lm.weights import module
 if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
 
-Memory = Codebook
+Memory = Codebook | SideMemory
 """Every kind has ``KIND``, ``PARTS`` (its tensors), ``count``, ``shape``, ``operations``, ``settings``, ``of``, ``to``,
 ``only``, ``joined`` and ``change``."""
 
-KINDS: Mapping[str, type[Memory]] = MappingProxyType({m.KIND: m for m in (Codebook,)})
+KINDS: Mapping[str, type[Memory]] = MappingProxyType({m.KIND: m for m in (Codebook, SideMemory)})
 
 
 def parts_of(memory: Memory) -> list[tuple[str, Tensor]]:
@@ -203,10 +204,11 @@ def compose(first: MemoryDelta, second: MemoryDelta) -> MemoryDelta:
         if name not in memories:
             memories[name], sites[name] = added, site
             continue
-        if memories[name].KIND != added.KIND:
-            raise InputError(f"{name}: one delta has a {memories[name].KIND} there, the other a {added.KIND}.")
+        there: Any = memories[name]
+        if there.KIND != added.KIND:
+            raise InputError(f"{name}: one delta has a {there.KIND} there, the other a {added.KIND}.")
         try:
-            memories[name] = memories[name].joined(added)
+            memories[name] = there.joined(added)
         except ValueError as error:
             raise InputError(f"{name}: {error}.") from error
         sites[name] = _recorded(site, memories[name], [*sites[name].entries, *site.entries])

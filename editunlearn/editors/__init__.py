@@ -33,6 +33,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "emmet": "editunlearn.editors.emmet",
         "alphaedit": "editunlearn.editors.alphaedit",
         "grace": "editunlearn.editors.grace",
+        "wise": "editunlearn.editors.wise",
     }
 )
 
