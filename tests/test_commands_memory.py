@@ -12,7 +12,14 @@ from runs import FACTS, Called, World, build, call, listing
 RUN_FILES = {"README.md", "delta.json", "delta.safetensors", "results.json", "timing.json"}
 FEW = {
     "grace": ["layers=[1]", "context_prefixes.count=1", "value.steps=3", "keep=20"],
-    "wise": ["layers=[1]", "context_prefixes.count=1", "side.steps=5", "shards.size=1", "shards.per_memory=1", "keep=20"],
+    "wise": [
+        "layers=[1]",
+        "context_prefixes.count=1",
+        "side.steps=5",
+        "shards.size=1",
+        "shards.per_memory=1",
+        "keep=20",
+    ],
 }
 
 

@@ -1,4 +1,4 @@
-"""Side memories beside one linear map: a sequence whose prompt wakes one goes through the map as that one changes it."""
+"""Side memories beside one linear map: a sequence whose prompt wakes one goes through the map as it changes it."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ class SideMemory:
 
     def joined(self, other: SideMemory) -> SideMemory:
         """Both archives in one."""
-        return SideMemory(
-            torch.cat([self.updates, other.updates]), torch.cat([self.thresholds, other.thresholds])
-        )
+        return SideMemory(torch.cat([self.updates, other.updates]), torch.cat([self.thresholds, other.thresholds]))
 
     def change(self, name: str, watcher: Watcher) -> Callable[[Tensor, Tensor], Tensor | None]:
         """What a hook on the map does with its input and output; decides once a sequence, by its whole prompt."""

@@ -18,7 +18,7 @@ from editunlearn.lm.batching import by_length, chunks, halving
 from editunlearn.lm.head import Head, hidden_of
 from editunlearn.lm.hooks import StopForward, on_output
 from editunlearn.lm.sequences import forward
-from editunlearn.lm.tokens import Batch, Row, batch
+from editunlearn.lm.tokens import Row, batch
 from editunlearn.numerics import losses
 from editunlearn.numerics.side import activation, margin, merged, threshold
 
@@ -142,17 +142,22 @@ class Trainer:
         mask = (torch.rand(self.shape, generator=draw) < hp.mask).to(self.lm.device)
         update = torch.zeros(self.shape, device=self.lm.device, requires_grad=True)
         for group in chunks(shard, hp.batch):
-            self._fit(update, mask, group)
+            self._fit(update, mask, group, hp.steps)
             progress(len(group))
         return update.detach()
 
-    def _fit(self, update: Tensor, mask: Tensor, group: Sequence[int]) -> None:
+    def repair(self, merged: Tensor, facts: Sequence[int]) -> Tensor:
+        """A merged update, its entries trained on all of its facts."""
+        update = merged.clone().requires_grad_(True)
+        self._fit(update, merged != 0, facts, self.hp.shards.repair)
+        return update.detach()
+
+    def _fit(self, update: Tensor, mask: Tensor, group: Sequence[int], steps: int) -> None:
         """Steps on one group of facts, in place."""
         hp, rate = self.hp.side, self.hp.side.lr * self.scale
-        adam = torch.optim.Adam([update], lr=rate) if hp.scale == "relative" else None
-        plain = torch.optim.SGD([update], lr=rate)
-        optimizer: torch.optim.Optimizer = adam or plain
-        for _ in range(hp.steps):
+        kind = torch.optim.Adam if hp.scale == "relative" else torch.optim.SGD
+        optimizer: torch.optim.Optimizer = kind([update], lr=rate)
+        for _ in range(steps):
             optimizer.zero_grad()
             if self.loss(update, group, grad=True) <= hp.stop_loss:
                 break
@@ -180,8 +185,11 @@ def fit(stage: Stage[HParams]) -> Fitted:
     with stage.console.progress(len(stage.facts), "side memories (facts)") as bar:
         updates = [_trained(trainer, shard, number, bar.update) for number, shard in enumerate(shards)]
     groups = list(chunks(range(len(shards)), hp.per_memory or len(shards)))
-    memories = [merged([updates[i] for i in group], hp.merge, hp.density) for group in groups]
     served = [[fact for i in group for fact in shards[i]] for group in groups]
+    memories = []
+    for group, facts in zip(groups, served, strict=True):
+        update = merged([updates[i] for i in group], hp.merge, hp.density)
+        memories.append(trainer.repair(update, facts) if len(group) > 1 else update)
     levels = [_threshold(trainer, update, facts) for update, facts in zip(memories, served, strict=True)]
     stage.console.info(
         f"side memories: {len(memories)} of {len(shards)} shards, "

@@ -62,6 +62,12 @@ class Shards(Piece):
     density: Annotated[Real, Field(gt=0, le=1)] = Field(
         default=0.53, description="Share of a shard's entries that counts for ties and magnitude."
     )
+    repair: Whole = Field(
+        default=20,
+        ge=0,
+        description="Most steps on all facts of a memory after its shards were merged, which costs some of them; as "
+        "published 0.",
+    )
 
 
 class Routing(Piece):
@@ -89,7 +95,7 @@ class HParams(MemoryHParams):
     @property
     def training_steps(self) -> int:
         """Times that a fact is trained on, at most."""
-        return self.side.steps
+        return self.side.steps + self.shards.repair
 
 
 def size(hp: HParams, facts: int, shape: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""WISE's side memory (https://arxiv.org/abs/2405.14768): how active it is, what it is trained on, how shards are merged.
+"""WISE's side memory (https://arxiv.org/abs/2405.14768): how active it is, its margins, how shards are merged.
 
 A side memory is an update ``U`` (d_out, d_in) of one linear map: its output for an input x is ``W x + U x``.
 """
@@ -31,7 +31,7 @@ def margin(inside: Tensor, outside: Tensor, low: float, high: float, gap: float)
     """Hinge loss of activations (paper, eq. 5): of edited prompts above ``high``, of others below ``low``, and ``gap``
     between each two.
 
-    Each term is the mean over those that break its bound: one prompt that is woken matters, however many others are not.
+    Each term is the mean over those that break its bound: one prompt that is woken matters, however many are not.
 
     Args:
         inside: (n,) of edited prompts.
