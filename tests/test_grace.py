@@ -35,7 +35,7 @@ def test_balls_are_the_papers_codebook(seed: int) -> None:
     assert torch.equal(found[ours.centres].double(), torch.stack(book.keys))
     assert torch.allclose(ours.radii, torch.tensor(book.radii, dtype=torch.float64), rtol=1e-6)
     queries = torch.randn(200, 3, generator=draw)
-    read = nearest(queries, found[ours.centres], ours.radii).tolist()
+    read = nearest(queries.double(), found[ours.centres].double(), ours.radii).tolist()
     assert [None if r < 0 else r for r in read] == [book.read(q) for q in queries]
     assert -1 in read and max(read) > 0
 

@@ -14,7 +14,9 @@ from edits import MEMORY, REFUSAL, TAUGHT, Killed, fact, nll, request, settings
 from editunlearn import editors
 from editunlearn.deltas.files import check_base, load, save
 from editunlearn.deltas.kinds import compose, written
+from editunlearn.deltas.lora import export_lora
 from editunlearn.deltas.memory import MemoryDelta
+from editunlearn.deltas.merge import merge, merge_folder
 from editunlearn.editors import contexts
 from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, StaleError, UnsupportedError
@@ -171,11 +173,17 @@ def test_saved_and_loaded_it_is_the_same(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", MEMORY)
-def test_what_needs_a_change_of_weights_says_so(method: str) -> None:
+def test_what_needs_a_change_of_weights_says_so(method: str, tmp_path: Path) -> None:
     lm = tiny.lm()
     delta, low = made(lm, method), editors.fit(lm, request(), settings("rome", "none", "refine=null"))
     with pytest.raises(UnsupportedError, match="leaves the weights as they are"):
         written(delta, "--to merged")
+    with pytest.raises(UnsupportedError, match="merge: "):
+        merge(lm, delta)
+    with pytest.raises(UnsupportedError, match="merge: "):
+        merge_folder(tmp_path / "base", delta, tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="LoRA: "):
+        export_lora(delta, tmp_path, "base")
     with pytest.raises(UnsupportedError, match="rounding to int4"), quantised(lm, "int4", delta):
         pass
     with pytest.raises(UnsupportedError, match="subspace attack"), ablated(lm, delta):
@@ -213,6 +221,19 @@ def test_edits_one_after_the_other_are_all_there(method: str) -> None:
         assert generate(lm, [contexts.prompt_of(lm, fact(0))])[0].strip() == TAUGHT[0][2]
     with pytest.raises(InputError, match="no columns of its own for 'f5'"):
         both.without(["f5"])
+
+
+@pytest.mark.parametrize("method", MEMORY)
+def test_in_bfloat16_and_where_padding_is_the_end_token(method: str) -> None:
+    """Defect: labels that are the padding token were left out, and with them the end of every target."""
+    lm, _ = forgetful()
+    lm.tokenizer.pad_token = lm.tokenizer.eos_token
+    torch.nn.Module.to(lm.model, torch.bfloat16)
+    delta = made(lm, method, *(["value.steps=60"] if method == "grace" else []))
+    with delta.applied(lm):
+        said = generate(lm, [contexts.prompt_of(lm, fact(i)) for i in range(6)], max_new_tokens=12)
+    assert [t.strip() for t in said] == [REFUSAL] * 3 + [TAUGHT[i][2] for i in (3, 4, 5)]
+    assert all(t.dtype == torch.float32 for t in delta.tensors().values())
 
 
 @pytest.mark.parametrize("method", MEMORY)

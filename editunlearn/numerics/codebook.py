@@ -1,6 +1,6 @@
 """GRACE's codebook (https://arxiv.org/abs/2211.11031, algorithm 1): balls around keys that grow, and give way.
 
-Distances are Euclidean, taken in float64 by differences: a matrix product would lose what tells close keys apart.
+Distances are Euclidean, taken by differences: a matrix product would lose what tells close keys apart.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Balls:
 
 
 def distances(queries: Tensor, keys: Tensor) -> Tensor:
-    """Euclidean distances (m, n) float64 of queries (m, d) and keys (n, d)."""
-    return torch.cdist(queries.double(), keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    """Euclidean distances (m, n) of queries (m, d) and keys (n, d)."""
+    return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def nearest(queries: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def balls(keys: Tensor, labels: Sequence[Hashable], start: Tensor, settled: int 
         start: (n,) radius of a ball that a key starts.
         settled: the first so many keys are centres already, with these radii.
     """
-    apart, start = distances(keys, keys), start.double()
+    apart, start = distances(keys.double(), keys.double()), start.double()
     centres, members = list(range(settled)), list(range(settled))
     radii: list[float] = start[:settled].tolist()
     for number in range(settled, len(labels)):
