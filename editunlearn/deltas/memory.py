@@ -91,7 +91,8 @@ class MemoryDelta:
         Nothing of the model changes: hooks read what flows through it. What a memory does to a sequence is decided
         where its prompt ends (its last token that is no padding) and kept while the answer is decoded with the
         key-value cache; ``generate`` works as ever. Several tokens behind cached ones are a further piece of the
-        prompt, or the next turn, and decided anew.
+        prompt, or the next turn, and decided anew; so decode without an assistant model. Without a cache every step
+        is a new prompt.
 
         Raises:
             InputError: a module is missing or has another shape.
