@@ -15,8 +15,9 @@ from editunlearn.deltas.side import SideMemory
 from editunlearn.editors.memory_flow import Fitted, Stage
 from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, chunks, halving
-from editunlearn.lm.head import Head, hidden_of
+from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import StopForward, on_output
+from editunlearn.lm.resume import Upper, Whole, resumable
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.numerics import losses
@@ -63,6 +64,11 @@ class Trainer:
         self.head = Head(self.lm)
         self.rows = [row for own in stage.rows for row in own]
         self.contexts = len(stage.rows[0])
+        self.first = self.lm.layout.layer_of(stage.site.name)
+        self.why = resumable(self.lm, self.rows[0], self.first, Upper)
+        self.passes: dict[tuple[Row, ...], Upper | Whole] = {}  # of the group that is trained
+        if self.why:
+            stage.console.warn(f"side memories: all blocks are run at every step, because {self.why}")
         self.forget = self._see(self.rows)
         self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], self.forget.where[:0], 0.0)
         relative = self.hp.margin.scale == "relative"
@@ -121,7 +127,7 @@ class Trainer:
                 total.backward()  # type: ignore[no-untyped-call]
             found = float(total.detach())
             for part in by_length([len(self.rows[i].ids) for i in own], self.hp.batch_tokens):
-                nll = self._nll(update, [self.rows[own[i]] for i in part]) * (len(part) / len(own))
+                nll = self._nll(update, tuple(self.rows[own[i]] for i in part)) * (len(part) / len(own))
                 if grad:
                     nll.backward()  # type: ignore[no-untyped-call]
                 found += float(nll.detach())
@@ -129,10 +135,13 @@ class Trainer:
             raise NumericalError("the loss of a side memory is not finite; try a smaller side.lr or float32.")
         return found
 
-    def _nll(self, update: Tensor, rows: Sequence[Row]) -> Tensor:
-        padded = batch(rows, self.lm.pad_id, self.lm.device)
+    def _nll(self, update: Tensor, rows: tuple[Row, ...]) -> Tensor:
+        if rows not in self.passes:  # what is below the memory's block is the same at every step
+            resume = not self.why and self.first > 0
+            self.passes[rows] = Upper.of(self.lm, rows, self.first) if resume else Whole(self.lm, rows)
+        padded = self.passes[rows].padded
         with on_output(self.module, _adding(update)):
-            states = hidden_of(self.lm, padded.targets, lambda: forward(self.lm.model, padded))
+            states = self.passes[rows].hidden(padded.targets)
         token = self.head.cross_entropy(states, padded.labels)
         return losses.mean_by(token, padded.owners, len(rows)).mean()
 
@@ -142,6 +151,7 @@ class Trainer:
         mask = (torch.rand(self.shape, generator=draw) < hp.mask).to(self.lm.device)
         update = torch.zeros(self.shape, device=self.lm.device, requires_grad=True)
         for group in chunks(shard, hp.batch):
+            self.passes.clear()
             self._fit(update, mask, group, hp.steps)
             progress(len(group))
         return update.detach()
@@ -149,6 +159,7 @@ class Trainer:
     def repair(self, merged: Tensor, facts: Sequence[int]) -> Tensor:
         """A merged update, its entries trained on all of its facts."""
         update = merged.clone().requires_grad_(True)
+        self.passes.clear()
         self._fit(update, merged != 0, facts, self.hp.shards.repair)
         return update.detach()
 
