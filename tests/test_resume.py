@@ -69,6 +69,10 @@ def test_upper_blocks_alone_give_the_whole_pass(kind: str, first: int) -> None:
         ):
             results.append(run.hidden(run.padded.targets))
     assert relative(results[1], results[0]) < 1e-4 and seen == [1]
+    with torch.no_grad(), on_output(site, lambda _inputs, output: output + output.flip(-1)):
+        few, plain = upper.pick([1, 3]), Whole(lm, ROWS).pick([1, 3])
+        assert relative(few.hidden(few.padded.targets), plain.hidden(plain.padded.targets)) < 1e-4
+        assert torch.equal(few.padded.labels, plain.padded.labels)
     assert not any("forward" in block.__dict__ for block in lm.layout.module(lm.model, lm.layout.blocks))
 
 

@@ -142,7 +142,7 @@ def test_what_it_computes_is_the_reference(kind: str) -> None:
     updates = 0.1 * torch.randn(3, *shape, generator=draw)
     rows = [encode(lm, contexts.prompt_of(lm, fact(i)), TAUGHT[i][2], "prompt_last") for i in range(6)]
     models = [reference_memory.WiseModel(lm, name, update) for update in updates]
-    active = [[float(model.activation(row.ids[: row.prompt_length])) for model in models] for row in rows]
+    active = [[float(model.activation(row.ids[: row.prompt_length]).detach()) for model in models] for row in rows]
     high = torch.tensor(active).sort(0, descending=True).values
     thresholds = (high[1] + high[2]) / 2  # two rows wake each
     delta = editors.fit(lm, request(), settings("wise", "", "side.steps=1", "shards.size=1"))

@@ -19,7 +19,7 @@ from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import StopForward, on_output, stack
-from editunlearn.lm.resume import Pass, Tail, Whole, resumable
+from editunlearn.lm.resume import Pass, Tail, Upper, Whole, resumable
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch, until_lookup
 from editunlearn.numerics import losses
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from editunlearn.hparams import Value
     from editunlearn.lm.loading import LM
     from editunlearn.workspace import Workspace
+
+
+Way = type[Tail] | type[Upper]
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ def optimise(
     store = store or Store(None)
     results: dict[int, Values] = {}
     first = min(map(lm.layout.layer_of, modules))
-    everywhere = replacing is not None and replacing.where != "last"  # also before the lookup token: nothing to resume
-    why = resumable(lm, problems[0].rows[0], first) if problems and not everywhere else ""
+    way: Way = Tail if replacing is None or replacing.where == "last" else Upper
+    why = resumable(lm, problems[0].rows[0], first, way) if problems else ""
     head = Head(lm)
     if why:
         warn(f"values: all tokens go through all blocks at every step, because {why}")
@@ -152,7 +155,7 @@ def optimise(
         found = store.get(part)
         if found is None:
             own = replacing.of(part) if replacing is not None else None
-            start = None if why or everywhere else first
+            start = None if why else (way, first)
             found = _Chunk(lm, head, [problems[i] for i in part], modules, hparams, start, own).solve(part)
             store.put(part, found)
         for k, i in enumerate(part):
@@ -174,10 +177,10 @@ class _Chunk:
         problems: Sequence[Problem],
         modules: Sequence[str],
         hparams: Value,
-        first: int | None,
+        start: tuple[Way, int] | None,
         replacing: Replacing | None,
     ) -> None:
-        self.lm, self.head, self.problems, self.hparams, self.first = lm, head, problems, hparams, first
+        self.lm, self.head, self.problems, self.hparams, self.start = lm, head, problems, hparams, start
         self.replacing = replacing
         self.modules = [lm.layout.module(lm.model, name) for name in modules]
         self.clean = self._clean_outputs()
@@ -255,9 +258,10 @@ class _Chunk:
         return value * shrink
 
     def _pass(self, rows: Sequence[Row]) -> Pass:
-        if self.first is not None:
+        if self.start is not None:
+            way, first = self.start
             with suppress(ValueError):  # these rows are too long for it
-                return Tail.of(self.lm, rows, self.first)
+                return way.of(self.lm, rows, first)
         return Whole(self.lm, rows)
 
     def _active(self, active: Sequence[int]) -> tuple[list[int], Pass]:

@@ -109,22 +109,8 @@ class Tail:
 
     def pick(self, rows: Sequence[int]) -> Tail:
         """Some of the rows, as wide as before."""
-        index = torch.tensor(rows, dtype=torch.long)
-
-        def some(value: Tensor) -> Tensor:
-            return value[index.to(value.device)]
-
-        old = self.padded
-        wanted = torch.isin(old.owners, index.to(old.owners.device))  # rows keep their order
-        number = torch.full((len(old.input_ids),), -1, device=old.owners.device)
-        number[index.to(number.device)] = torch.arange(len(index), device=number.device)
-        per_row = {
-            name: some(getattr(old, name))
-            for name in ("input_ids", "attention_mask", "position_ids", "lookup", "targets", "last")
-        }
-        padded = Batch(**per_row, labels=old.labels[wanted], owners=number[old.owners[wanted]])
-        past = [(some(k), some(v)) for k, v in self.past]
-        return replace(self, padded=padded, mask=some(self.mask), past=past, entering=some(self.entering))
+        padded, past = _padded(self.padded, rows), [(_some(k, rows), _some(v, rows)) for k, v in self.past]
+        return replace(self, padded=padded, mask=_some(self.mask, rows), past=past, entering=_some(self.entering, rows))
 
     def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
@@ -136,6 +122,23 @@ class Tail:
         }
         with _from(self.lm, self.first, self.entering, self.outputs):
             return hidden_of(self.lm, scored, lambda: self.lm.model(**inputs, use_cache=True))
+
+
+def _some(value: Tensor, rows: Sequence[int]) -> Tensor:
+    return value[torch.tensor(rows, dtype=torch.long, device=value.device)]
+
+
+def _padded(old: Batch, rows: Sequence[int]) -> Batch:
+    """Some rows of a batch, in their order and as wide as before."""
+    index = torch.tensor(rows, dtype=torch.long, device=old.owners.device)
+    wanted = torch.isin(old.owners, index)
+    number = torch.full((len(old.input_ids),), -1, device=old.owners.device)
+    number[index] = torch.arange(len(index), device=number.device)
+    per_row = {
+        name: _some(getattr(old, name), rows)
+        for name in ("input_ids", "attention_mask", "position_ids", "lookup", "targets", "last")
+    }
+    return Batch(**per_row, labels=old.labels[wanted], owners=number[old.owners[wanted]])
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,10 @@ class Upper:
         padded = batch(rows, lm.pad_id, lm.device)
         _, hidden, outputs = _entering(lm, first, padded.input_ids, lambda: forward(lm.model, padded))
         return cls(lm, first, padded, hidden.clone(), outputs)
+
+    def pick(self, rows: Sequence[int]) -> Upper:
+        """Some of the rows, as wide as before."""
+        return replace(self, padded=_padded(self.padded, rows), entering=_some(self.entering, rows))
 
     def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
