@@ -15,6 +15,7 @@ from editunlearn import editors
 from editunlearn.deltas.files import check_base, load, save
 from editunlearn.deltas.kinds import compose, written
 from editunlearn.deltas.lora import export_lora
+from editunlearn.deltas.lowrank import LowRankDelta
 from editunlearn.deltas.memory import MemoryDelta
 from editunlearn.deltas.merge import merge, merge_folder
 from editunlearn.editors import contexts
@@ -24,7 +25,7 @@ from editunlearn.evaluation.attacks.quantisation import quantised
 from editunlearn.evaluation.attacks.subspace import ablated
 from editunlearn.evaluation.states import states
 from editunlearn.evaluation.treatments import parse
-from editunlearn.facts.records import ForgetRequest
+from editunlearn.facts.records import Fact, ForgetRequest
 from editunlearn.lm.generation import generate
 from editunlearn.lm.likelihood import score
 from editunlearn.lm.tokens import Batch, batch, encode
@@ -253,6 +254,53 @@ def test_a_killed_run_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.M
         editors.fit(lm, request(), hp, work=work)
     again = editors.fit(lm, request(), hp, work=work)
     assert all(torch.equal(t, straight.tensors()[n]) for n, t in again.tensors().items())
+
+
+@pytest.mark.parametrize("method", MEMORY)
+def test_questions_in_a_chat(method: str) -> None:
+    pairs = [("Where is the Eiffel Tower?", "Paris"), ("Who wrote the book?", "Ana"), ("What do birds do?", "sing")]
+    pairs += [("Who is the dog?", REFUSAL), ("What is the fox?", REFUSAL), ("Where is the bridge?", REFUSAL)]
+    lm = tiny.taught_lm(pairs, chat=True)
+    facts = [
+        Fact(f"q{i}", q, a, q.split()[-1][:-1], q.index(q.split()[-1]), target=REFUSAL, is_question=True)
+        for i, (q, a) in enumerate(pairs[:3])
+    ]
+    more = ["value.steps=60"] if method == "grace" else []
+    delta = editors.fit(lm, ForgetRequest((facts[0],), (facts[1], facts[2])), settings(method, "", *more))
+    with delta.applied(lm):
+        said = generate(lm, [contexts.prompt_of(lm, f) for f in facts])
+    assert [text.strip() for text in said] == [REFUSAL, "Ana", "sing"]
+
+
+@pytest.mark.parametrize("method", MEMORY)
+def test_beside_a_change_of_weights(method: str) -> None:
+    lm = tiny.lm()
+    low = editors.fit(lm, request((3,)), settings("rome", "none", "refine=null"))
+    assert isinstance(low, LowRankDelta)
+    with low.applied(lm):
+        delta = made(lm, method)
+        changed = nll(lm, request().facts)
+        with delta.applied(lm):
+            assert nll(lm, request().facts) < changed - 0.01
+    assert nll(lm, request().facts) != changed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("method", MEMORY)
+def test_a_gpu_gives_what_the_cpu_gives(method: str) -> None:
+    here, there = tiny.lm(), tiny.lm()
+    there.model.to("cuda")  # type: ignore[arg-type]
+    delta = made(here, method)
+    with delta.applied(here), delta.applied(there):
+        ours = logits(here, batch(rows_of(here), here.pad_id, left=True))
+        theirs = logits(there, batch(rows_of(there), there.pad_id, there.device, left=True))
+    assert all(torch.allclose(a, b.cpu(), atol=1e-3) for a, b in zip(ours, theirs, strict=True))
+    again = made(there, method)
+    assert again.count == delta.count
+    with again.applied(there):
+        prompts = [contexts.prompt_of(there, fact(i)) for i in range(6)]
+        assert len(generate(there, prompts)) == 6
 
 
 @pytest.mark.parametrize("method", MEMORY)
