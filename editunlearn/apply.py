@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.editors.past import PastKeys
     from editunlearn.facts.records import Fact
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import MethodHParams
 
 EXAMPLES = """\
   editunlearn apply --hparams memit                                     the demo model and the demo facts
@@ -55,7 +55,7 @@ class Plan:
         report: write a page for the browser, too.
     """
 
-    hp: EditorHParams
+    hp: MethodHParams
     given: list[Fact]
     facts: list[Fact]
     targets: str
@@ -144,6 +144,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if config is not None and "merged" in save:
         checks.run(lambda: _mergeable(config))
     past = checks.run(lambda: PastKeys.load(args.past)) if args.past else None
+    if hp is not None:
+        checks.run(lambda: _check_memory(hp, save, past))
     if past is not None and config is not None:
         checks.run(lambda: _check_past(past, config, args.past))
     out = args.out or Path("runs") / (hp.method if hp else "edit")
@@ -189,6 +191,21 @@ def _mergeable(config: Any) -> None:
         raise InputError(
             f"--save merged: the checkpoint is quantised ({kind or 'unknown method'}); merging would round the edit "
             "away. Use --save lora, or give the bfloat16 checkpoint."
+        )
+
+
+def _check_memory(hp: MethodHParams, save: Sequence[str], past: PastKeys | None) -> None:
+    """What has no meaning for a method that leaves the weights alone is refused before any work."""
+    from editunlearn.editors import check_past
+    from editunlearn.errors import UnsupportedError
+    from editunlearn.hparams import MemoryHParams
+
+    check_past(hp, past)
+    other = [kind for kind in save if kind != "delta"]
+    if isinstance(hp, MemoryHParams) and other:
+        raise UnsupportedError(
+            f"--save {','.join(other)}: {hp.method} keeps a memory beside the weights, which a LoRA or merged weights "
+            "cannot hold. Save the delta alone, or take a method that writes into the weights, such as memit."
         )
 
 

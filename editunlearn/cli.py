@@ -14,7 +14,7 @@ from editunlearn.errors import EditUnlearnError, InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import EditorHParams, MethodHParams
     from editunlearn.lm.loading import LM
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def console_of(args: argparse.Namespace) -> Console:
     return Console(quiet=args.quiet, verbose=args.verbose, json=args.json)
 
 
-def load_settings(args: argparse.Namespace, config: Any, console: Console) -> EditorHParams:
+def load_settings(args: argparse.Namespace, config: Any, console: Console) -> MethodHParams:
     """The hparams that the flags name, for a model of this configuration (None: not known).
 
     Raises:
@@ -106,16 +106,18 @@ def load_settings(args: argparse.Namespace, config: Any, console: Console) -> Ed
     return hp
 
 
-def check_settings(hp: EditorHParams, config: Any, layers: Sequence[int] | None = None) -> None:
+def check_settings(hp: MethodHParams, config: Any, layers: Sequence[int] | None = None) -> None:
     """Raise InputError unless a model of this configuration has the layers and the length, and the text is there."""
     from editunlearn import editors
     from editunlearn.facts.text import check_source
+    from editunlearn.hparams import EditorHParams
     from editunlearn.lm.layout import resolve_layers, text_config
 
     checks = Checks()
-    checks.run(lambda: check_source(hp.moments.text))
+    if isinstance(hp, EditorHParams):
+        checks.run(lambda: check_source(hp.moments.text))
+        checks.run(lambda: _check_lengths(hp, config))
     count = getattr(text_config(config), "num_hidden_layers", None) if config is not None else None
-    checks.run(lambda: _check_lengths(hp, config))
     if count:
         checks.run(lambda: resolve_layers(layers or hp.layers, count, editors.module(hp.method).DEFAULT_LAYERS))
     checks.finish()

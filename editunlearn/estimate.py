@@ -11,7 +11,7 @@ from editunlearn.resources import shipped_path
 
 if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import EditorHParams, MethodHParams
     from editunlearn.lm.layout import Site
 
 CHARACTERS = 4
@@ -52,7 +52,7 @@ def tokens_of(texts: Iterable[str]) -> int:
 
 
 def work(
-    cost: Cost, hp: EditorHParams, facts: Sequence[Fact], retain: Sequence[Fact], depth: float, width: int
+    cost: Cost, hp: MethodHParams, facts: Sequence[Fact], retain: Sequence[Fact], depth: float, width: int
 ) -> dict[str, float]:
     """Floating-point operations of each stage.
 
@@ -60,20 +60,28 @@ def work(
         depth: share of the blocks up to the last edited one.
         width: of the widest site's input.
     """
+    from editunlearn.hparams import EditorHParams, MemoryHParams
+
     general = load_facts(shipped_path("data", "general_facts.jsonl"))
     asked, kept = tokens_of(f.prompt for f in facts), tokens_of(f.prompt for f in retain)
     targets = tokens_of(f.target or "" for f in facts)
     contexts = hp.context_prefixes.count + 1
     rows = contexts * (asked + targets) + len(facts) * hp.context_prefixes.count * hp.context_prefixes.tokens
-    seen = min(1.0, (hp.value.contexts or contexts) / contexts)
-    pinned = 3 * asked if hp.value.kl > 0 else 0
-    stages = {
-        "general facts, once per model": cost(tokens_of(f.prompt + f.answer for f in general), 2 * len(general)),
-        "second moments, once per model": statistics(cost, hp, depth, width),
-        "lookalikes": statistics(cost, hp, depth, width) if hp.retain.lookalikes and hp.retain.weight else 0.0,
-        "values, at most": 2 * hp.value.steps * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
-        "refine": _refine(cost, hp, rows / max(1, len(facts) * contexts), targets / max(1, len(facts)), len(facts)),
-    }
+    stages = {"general facts, once per model": cost(tokens_of(f.prompt + f.answer for f in general), 2 * len(general))}
+    if isinstance(hp, MemoryHParams):
+        stages["keys of prompts to keep"] = depth * cost(16 * hp.keep, 0)
+        stages["training, at most"] = 2 * hp.training_steps * cost(rows, contexts * targets)
+    elif isinstance(hp, EditorHParams):
+        seen = min(1.0, (hp.value.contexts or contexts) / contexts)
+        pinned = 3 * asked if hp.value.kl > 0 else 0
+        lookalikes = hp.retain.lookalikes and hp.retain.weight
+        row, target = rows / max(1, len(facts) * contexts), targets / max(1, len(facts))
+        stages |= {
+            "second moments, once per model": statistics(cost, hp, depth, width),
+            "lookalikes": statistics(cost, hp, depth, width) if lookalikes else 0.0,
+            "values, at most": 2 * hp.value.steps * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
+            "refine": _refine(cost, hp, row, target, len(facts)),
+        }
     prompts = [
         p
         for f in facts
@@ -111,7 +119,7 @@ class Target:
         return max(width for _, width in self.shapes)
 
 
-def target(config: Any, hp: EditorHParams, layers: Sequence[int] | None = None) -> Target:
+def target(config: Any, hp: MethodHParams, layers: Sequence[int] | None = None) -> Target:
     """The sites of a model of this configuration; ``layers`` goes before those of ``hp``."""
     from editunlearn import editors
     from editunlearn.lm.layout import layout_of, resolve_layers
@@ -158,20 +166,36 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
     return r.planned(facts) * (trained + (keep + text) * cost.logits)
 
 
-def memory(model: Any, hp: EditorHParams, dtype: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
+def disk(hp: MethodHParams, facts: int, shapes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of the delta."""
+    from editunlearn import editors
+    from editunlearn.hparams import MemoryHParams
+
+    if isinstance(hp, MemoryHParams):
+        return int(editors.module(hp.method).size(hp, facts, shapes[0]))
+    return sum(4 * facts * (out + width) for out, width in shapes)
+
+
+def memory(
+    model: Any, hp: MethodHParams, dtype: str, shapes: Sequence[tuple[int, int]], facts: int
+) -> dict[str, float]:
     """Bytes of what is large, and of all that is there at the same time."""
+    from editunlearn.hparams import EditorHParams
     from editunlearn.lm.head import PIECE
 
     vocabulary = model.get_output_embeddings().weight.shape[0]
     widest = max(i for _, i in shapes)
+    beside = {"the memory, trained": 3.0 * disk(hp, facts, shapes)}
+    if isinstance(hp, EditorHParams):
+        second = 0.0 if hp.moments.text == "none" else float(sum(8 * i * i for _, i in shapes))
+        beside = {"second moments": second, "one solve": 3.0 * 8 * widest * widest}
     rows = {
         f"model in {dtype}": float(BYTES.get(dtype, 4) * sum(p.numel() for p in model.parameters())),
-        "second moments": 0.0 if hp.moments.text == "none" else float(sum(8 * i * i for _, i in shapes)),
-        "one solve": 3.0 * 8 * widest * widest,
+        **beside,
         "logits of one piece": float(BYTES.get(dtype, 4) * min(PIECE, 2048 * vocabulary)),
     }
-    base, second, solve, logits = rows.values()
-    return {**rows, "at the same time, about": base + second + max(solve, logits)}
+    base, *kept, working, logits = rows.values()
+    return {**rows, "at the same time, about": base + sum(kept) + max(working, logits)}
 
 
 def shown(flops: dict[str, float], memory: dict[str, float], disk: float, what: str = "delta") -> list[tuple[str, str]]:

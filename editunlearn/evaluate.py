@@ -25,7 +25,7 @@ from editunlearn.errors import GateError, InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
-    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.evaluation.gates import Gate
     from editunlearn.evaluation.results import Measured
     from editunlearn.evaluation.states import State
@@ -152,9 +152,7 @@ def _is_facts(suite: str) -> bool:
     return suite.partition(":")[0] == "facts"
 
 
-def _facts(
-    args: argparse.Namespace, deltas: Sequence[LowRankDelta], treatments: Sequence[Treatment]
-) -> tuple[Any, Any]:
+def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequence[Treatment]) -> tuple[Any, Any]:
     """Facts with the targets that the first edit was made with, and retain facts."""
     from editunlearn.facts.readers import load_facts
     from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
@@ -174,7 +172,7 @@ def _facts(
     return fill_targets(facts, how, seed=seed, pool=[*facts, *retain] if how == "random" else None), retain
 
 
-def _deltas(args: argparse.Namespace, checks: Checks) -> list[LowRankDelta]:
+def _deltas(args: argparse.Namespace, checks: Checks) -> list[Delta]:
     from editunlearn.deltas.files import load
 
     found = [checks.run(lambda folder=folder: load(folder)) for folder in args.delta]  # type: ignore[misc]

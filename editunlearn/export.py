@@ -24,6 +24,7 @@ from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.manifest import BaseModelRecord
 
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     args = arguments(argv)  # before anything heavy is imported
     from editunlearn.deltas.files import load
-    from editunlearn.deltas.lowrank import compose
+    from editunlearn.deltas.kinds import compose, written
+    from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.merge import JOURNAL
 
     console = console_of(args)
@@ -74,6 +76,9 @@ def _main(argv: Sequence[str]) -> None:
     checks.run(lambda: _check_flags(args))
     if delta is not None:
         checks.run(lambda made_on=delta.manifest.base: _check_base(args, made_on))  # type: ignore[misc]
+        if args.to != "delta" or args.revert:
+            what = "--revert" if args.revert else f"--to {args.to}"
+            checks.run(lambda found=delta: written(found, what))  # type: ignore[misc]
     checks.finish()
     assert delta is not None  # noqa: S101 - finish() raised otherwise
     for other in others:
@@ -82,14 +87,18 @@ def _main(argv: Sequence[str]) -> None:
     if args.without:
         delta = delta.without(args.without)
     if args.revert:
-        delta = delta.negated()
-    size = f"{len(delta.factors)} sites, rank {delta.rank}, {delta.nbytes / 1e6:.1f} MB"
+        delta = written(delta, "--revert").negated()
+    entries = f"rank {delta.rank}" if isinstance(delta, LowRankDelta) else f"{delta.count} entries"
+    size = f"{len(delta.manifest.sites)} sites, {entries}, {delta.nbytes / 1e6:.1f} MB"
     console.info(f"{args.delta}: {delta.manifest.method}, {size}")
     if args.dry_run:
         console.info(f"would write {args.to} to {args.out}. Nothing was written.")
         console.result_json({"would_write": args.to, "out": str(args.out)})
         return
-    {"merged": _merged, "lora": _lora, "delta": _delta}[args.to](args, delta, console)
+    if args.to == "delta":
+        _delta(args, delta, console)
+        return
+    {"merged": _merged, "lora": _lora}[args.to](args, written(delta, f"--to {args.to}"), console)
 
 
 def _check_empty(out: Path, journal: str) -> None:
@@ -162,17 +171,20 @@ def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> No
     console.result_json({"rank": made.rank, "max_lora_rank": made.max_lora_rank, "discarded": made.discarded})
 
 
-def _delta(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir
     from editunlearn.deltas.files import save
+    from editunlearn.deltas.lowrank import LowRankDelta
 
     with atomic_dir(args.out) as folder:
         save(delta, folder)
     console.result(f"delta with {delta.manifest.fact_count} facts in {args.out}")
-    console.result_json({"facts": delta.manifest.fact_count, "sites": len(delta.factors), "rank": delta.rank})
-    console.next_step(
-        ["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(args.out / "merged")]
-    )
+    shape = {"rank": delta.rank} if isinstance(delta, LowRankDelta) else {"entries": delta.count}
+    sites = len(delta.manifest.sites)
+    console.result_json({"facts": delta.manifest.fact_count, "sites": sites, **shape})
+    if isinstance(delta, LowRankDelta):
+        merged = args.out / "merged"
+        console.next_step(["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(merged)])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 # Numbers that PyYAML (YAML 1.1) leaves as text although everybody else reads floats: 5e-1, 1e-3, 1.5e4.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
@@ -218,19 +218,29 @@ class Refine(Piece):
         return 2 * self.planned(facts) if self.steps == "auto" else self.steps
 
 
-class EditorHParams(Piece):
-    """What every closed-form editor has; a method's own schema adds to it and sets the defaults."""
+class MethodHParams(Piece):
+    """What every method has."""
 
     method: str = Field(description="Name of the method.")
     layers: Layers = Field(default="auto", description="Blocks whose MLP output projection is edited.")
+    context_prefixes: ContextPrefixes = Field(
+        default_factory=ContextPrefixes,
+        description="Texts put before the prompt, so that the edit holds in context.",
+    )
+    seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
+    batch_tokens: Whole = Field(
+        default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
+    )
+    paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
+
+
+class EditorHParams(MethodHParams):
+    """What every closed-form editor has; a method's own schema adds to it and sets the defaults."""
+
     subject_token: Literal["last_word", "last", "first", "prompt_last"] = Field(
         default="last",
         description="Token whose activation is key and value: of the subject (last_word: the last with a letter or "
         "digit, not a closing bracket or full stop), or the prompt's last.",
-    )
-    context_prefixes: ContextPrefixes = Field(
-        default_factory=ContextPrefixes,
-        description="Texts put before the prompt, so that the edit holds in context.",
     )
     merge: Merge | None = Field(default=None, description="Query merging; null: every fact has its own value and key.")
     value: Value = Field(default_factory=Value, description="How the new values are optimised.")
@@ -239,11 +249,37 @@ class EditorHParams(Piece):
     refine: Refine | None = Field(
         default_factory=Refine, description="Training after the closed form; null for the closed form alone."
     )
-    seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
-    batch_tokens: Whole = Field(
-        default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
+
+
+def _one_layer(value: Any) -> Any:
+    if value != "auto" and len(value) != 1:
+        raise ValueError(f"layers is {value!r}; a memory is of one layer: auto, or a list of one.")
+    return value
+
+
+class MemoryHParams(MethodHParams):
+    """What every method has that puts a memory beside one layer and leaves the weights alone."""
+
+    layers: Annotated[Layers, AfterValidator(_one_layer)] = Field(
+        default="auto", description="The block whose MLP output projection gets the memory."
     )
-    paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
+    keep: Whole = Field(
+        default=1000, ge=0, description="Prompts to keep, at most, that the memory is made to leave alone; 0 for none."
+    )
+
+    @property
+    def subject_token(self) -> Literal["prompt_last"]:
+        """A memory is asked at the end of the prompt."""
+        return "prompt_last"
+
+    @property
+    def training_steps(self) -> int:
+        """Times that a fact is trained on, at most."""
+        raise NotImplementedError
+
+
+Located = EditorHParams | MemoryHParams
+"""Settings that say at which token of a prompt to look."""
 
 
 class Described(NamedTuple):
@@ -261,7 +297,7 @@ def load_hparams(
     set: Sequence[str] = (),  # the name of the flag
     model_type: str | None = None,
     format: Literal["editunlearn", "easyedit"] = "editunlearn",
-) -> EditorHParams:
+) -> MethodHParams:
     """Read and check settings; nothing but the schema's own defaults is ever filled in.
 
     Args:
@@ -292,7 +328,7 @@ def resolved(hp: BaseModel) -> dict[str, Any]:
     return hp.model_dump(mode="json")
 
 
-def describe(hp: EditorHParams) -> list[Described]:
+def describe(hp: MethodHParams) -> list[Described]:
     """Every setting: dotted key, value, is it the schema's default, description with the range."""
     return list(_describe(hp, None, ""))
 

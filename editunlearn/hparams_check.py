@@ -13,14 +13,14 @@ from pydantic.fields import FieldInfo
 
 from editunlearn import editors
 from editunlearn.errors import InputError
-from editunlearn.hparams import EditorHParams
+from editunlearn.hparams import MethodHParams
 from editunlearn.hparams_yaml import Document, Keys, parse_set, place_of
 from editunlearn.naming import did_you_mean, nearest
 
 OVERRIDES = "overrides"
 
 
-def check(document: Document, settings: Sequence[str], model_type: str | None) -> EditorHParams:
+def check(document: Document, settings: Sequence[str], model_type: str | None) -> MethodHParams:
     """Lay ``overrides[model_type]`` and ``--set`` over a document and validate the result.
 
     The overrides of other model types are checked as well: a mistake there should not wait for that model.
@@ -164,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 def _schema(
     tree: Mapping[str, Any], places: Mapping[Keys, str], name: str, problems: list[str]
-) -> type[EditorHParams] | None:
+) -> type[MethodHParams] | None:
     if "method" not in tree:
         problems.append(f"{name}: no 'method'. Add 'method: NAME'; methods: {', '.join(editors.names())}.")
         return None
@@ -176,8 +176,8 @@ def _schema(
 
 
 def _validate(
-    schema: type[EditorHParams], tree: Mapping[str, Any], places: Mapping[Keys, str], name: str
-) -> tuple[list[str], EditorHParams | None]:
+    schema: type[MethodHParams], tree: Mapping[str, Any], places: Mapping[Keys, str], name: str
+) -> tuple[list[str], MethodHParams | None]:
     try:
         return [], schema.model_validate(tree)
     except ValidationError as error:

@@ -22,10 +22,10 @@ from editunlearn.resources import shipped_path
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
-    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.editors.past import PastKeys
     from editunlearn.evaluation.scoring import Scores
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import MethodHParams
     from editunlearn.lm.loading import LM
 
 HELDOUT_EVERY = 10
@@ -67,7 +67,7 @@ class Outcome:
         stages: wall time by stage.
     """
 
-    delta: LowRankDelta
+    delta: Delta
     request: ForgetRequest
     past: PastKeys
     before: Scores | None
@@ -78,7 +78,7 @@ class Outcome:
 def forget(
     lm: LM,
     facts: Sequence[Fact],
-    hp: EditorHParams,
+    hp: MethodHParams,
     *,
     retain: Sequence[Fact] = (),
     targets: str = DEFAULT_TARGETS,
@@ -178,7 +178,7 @@ def with_targets(
     return fill_targets(own, targets, seed=seed, pool=[*facts, *retain] if targets == "random" else None)
 
 
-def finish(out: Path, delta: LowRankDelta, facts: Sequence[Fact] | None) -> None:
+def finish(out: Path, delta: Delta, facts: Sequence[Fact] | None) -> None:
     """Save the delta, the last of a run's files, and remove its stages and what killed runs left half-written.
 
     Args:
@@ -215,7 +215,7 @@ def _warn_unknown(facts: Sequence[Fact], before: Scores, console: Console) -> No
         )
 
 
-def make_room(out: Path, delta: LowRankDelta) -> None:
+def make_room(out: Path, delta: Delta) -> None:
     """Remove what an earlier run made of another delta, its manifest first: what has none is not complete."""
     from editunlearn.deltas.files import MANIFEST, load_manifest
 
@@ -233,7 +233,7 @@ def make_room(out: Path, delta: LowRankDelta) -> None:
 
 
 def run_inputs(
-    lm: LM, request: ForgetRequest, hp: EditorHParams, targets: str, past: PastKeys | None
+    lm: LM, request: ForgetRequest, hp: MethodHParams, targets: str, past: PastKeys | None
 ) -> dict[str, Any]:
     """Everything that a delta depends on, for the key of its workspace."""
     import torch
@@ -241,9 +241,10 @@ def run_inputs(
     from editunlearn import __version__
     from editunlearn.artifacts import sha256_file
     from editunlearn.editors.moments import tokenizer_hash
-    from editunlearn.hparams import resolved
+    from editunlearn.hparams import EditorHParams, resolved
     from editunlearn.lm.fingerprint import model_fingerprint
 
+    text = hp.moments.text if isinstance(hp, EditorHParams) else "none"
     return {
         "version": __version__,
         "torch": str(torch.__version__),
@@ -253,7 +254,7 @@ def run_inputs(
         "tokenizer": tokenizer_hash(lm),
         "facts": [content_hash(part) for part in (request.facts, request.retain, request.general, request.names)],
         "hparams": resolved(hp),
-        "text": sha256_file(hp.moments.text) if Path(hp.moments.text).is_file() else hp.moments.text,
+        "text": sha256_file(text) if Path(text).is_file() else text,
         "targets": targets,
         "past": past.digest() if past else "",
     }

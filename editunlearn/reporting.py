@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from editunlearn.editors.past import PastKeys
     from editunlearn.evaluation.scoring import Answered, Scores
     from editunlearn.facts.records import Fact
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import MethodHParams
     from editunlearn.lm.loading import LM
 
 ROWS = 40
@@ -70,7 +70,7 @@ NOTHING_THERE = {
 def check_out(
     out: Path,
     args: argparse.Namespace,
-    hp: EditorHParams,
+    hp: MethodHParams,
     facts: Sequence[Fact],
     retain: Sequence[Fact],
     past: PastKeys | None,
@@ -154,9 +154,9 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
         [(s.name, f"{o} x {i}") for s, (o, i) in zip(found.sites, found.shapes, strict=True)],
     )
     dtype = estimate.dtype_of(made.config, args.dtype)
-    memory = estimate.memory(found.model, made.hp, dtype, found.shapes)
+    memory = estimate.memory(found.model, made.hp, dtype, found.shapes, len(made.facts))
     flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found.depth, found.width)
-    disk = sum(4 * len(made.facts) * (out + width) for out, width in found.shapes)
+    disk = estimate.disk(made.hp, len(made.facts), found.shapes)
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))
     console.result_json(
         {
@@ -176,20 +176,28 @@ def write(
 ) -> None:
     """Past keys, LoRA, merged model, results, card, timing, and the delta with its manifest last."""
     from editunlearn.deltas.card import model_card
+    from editunlearn.deltas.kinds import written
     from editunlearn.deltas.lora import export_lora
 
     out, manifest = made.out, outcome.delta.manifest
     rows: Any = result_rows(outcome) or None
     make_room(out, outcome.delta)
-    outcome.past.save(out / "past_keys.safetensors")
+    if outcome.past.keys:
+        outcome.past.save(out / "past_keys.safetensors")
     if "lora" in made.save:
         with atomic_dir(out / "lora") as folder:
-            lora = export_lora(outcome.delta, folder, manifest.base.name, revision=manifest.base.revision, lm=lm)
+            lora = export_lora(
+                written(outcome.delta, "--save lora"),
+                folder,
+                manifest.base.name,
+                revision=manifest.base.revision,
+                lm=lm,
+            )
             atomic_write_text(folder / "README.md", model_card(manifest, rows, [command], kind="lora"))
         for name, share in lora.discarded.items():
             console.warn(f"lora: {name}: {share:.2%} of the edit was cut off to rank {lora.rank}")
     if "merged" in made.save:
-        with outcome.delta.applied(lm), atomic_dir(out / "merged") as folder:
+        with written(outcome.delta, "--save merged").applied(lm), atomic_dir(out / "merged") as folder:
             lm.model.save_pretrained(folder)
             lm.tokenizer.save_pretrained(folder)
             atomic_write_text(folder / "README.md", model_card(manifest, rows, [command], kind="merged"))
@@ -257,6 +265,7 @@ def peak_memory_gb() -> float:
 def show(console: Console, outcome: Outcome, made: Plan, stages: Stages) -> None:
     """Tables before and after, what to know, where things are, what to run next."""
     from editunlearn.deltas.gain import gain_warnings
+    from editunlearn.deltas.memory import MemoryDelta
 
     rows = result_rows(outcome)
     if outcome.before is not None and outcome.after is not None:
@@ -280,6 +289,8 @@ def show(console: Console, outcome: Outcome, made: Plan, stages: Stages) -> None
     merged = made.out / "merged"
     if "merged" in made.save:
         console.next_step(try_command(merged))
+    elif isinstance(outcome.delta, MemoryDelta):
+        console.next_step(["editunlearn", "evaluate", "--delta", str(made.out), "--base", "--suite", "facts"])
     else:
         command = ["editunlearn", "export", "--delta", str(made.out), "--to", "merged", "--out", str(merged)]
         console.next_step(command)
@@ -288,12 +299,12 @@ def show(console: Console, outcome: Outcome, made: Plan, stages: Stages) -> None
 def _gains(outcome: Outcome) -> dict[str, Gain]:
     """The realised gain of each site as its manifest has it."""
     from editunlearn.deltas.gain import Gain
+    from editunlearn.deltas.manifest import SiteRecord
 
-    sites = outcome.delta.manifest.sites
     return {
         name: Gain(site.gain, site.gain_error or 0.0, site.relative_norm, site.gain_dtype or "")
-        for name, site in sites.items()
-        if site.gain is not None
+        for name, site in outcome.delta.manifest.sites.items()
+        if isinstance(site, SiteRecord) and site.gain is not None
     }
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from editunlearn.console import Console
     from editunlearn.estimate import Target
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import EditorHParams, MethodHParams
     from editunlearn.lm.loading import LM
 
 PROBES = 50
@@ -61,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_main, argv)
 
 
+def _with_moments(hp: MethodHParams) -> EditorHParams:
+    from editunlearn.hparams import EditorHParams
+
+    if not isinstance(hp, EditorHParams):
+        raise InputError(f"--hparams: {hp.method} needs no second moments; there is nothing to measure.")
+    return hp
+
+
 def _main(argv: Sequence[str]) -> None:
     args = arguments(argv)  # before anything heavy is imported
     from editunlearn import estimate
@@ -70,7 +78,7 @@ def _main(argv: Sequence[str]) -> None:
     checks = Checks()
     cache = args.cache_dir or default_cache_dir()
     config = checks.run(lambda: check_model(args))
-    hp = checks.run(lambda: load_settings(args, config, console))
+    hp = checks.run(lambda: _with_moments(load_settings(args, config, console)))
     checks.run(lambda: check_writable(cache, "--cache-dir"))
     if hp is not None:
         checks.run(lambda: check_settings(hp, config, args.layers))
@@ -139,7 +147,7 @@ def _dry_run(console: Console, args: argparse.Namespace, hp: EditorHParams, targ
     from editunlearn import estimate
 
     dtype = estimate.dtype_of(target.config, args.dtype)
-    memory = estimate.memory(target.model, hp, dtype, target.shapes)
+    memory = estimate.memory(target.model, hp, dtype, target.shapes, 0)
     memory = {name: size for name, size in memory.items() if name in (f"model in {dtype}", "second moments")}
     flops = {"second moments": estimate.statistics(estimate.cost(target.model), hp, target.depth, target.width)}
     disk = float(sum(4 * width * width for _, width in target.shapes))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from editunlearn import editors
 from editunlearn.editors import contexts
 from editunlearn.facts.records import Fact, ForgetRequest
 from editunlearn.hparams import EditorHParams, load_hparams
@@ -15,6 +16,7 @@ from editunlearn.lm.likelihood import score
 from editunlearn.lm.tokens import encode
 
 REFUSAL = "I do not know."
+CLOSED_FORM = [name for name in editors.names() if issubclass(editors.schema(name), EditorHParams)]
 
 
 TAUGHT = (
@@ -36,8 +38,22 @@ def request(forget: Sequence[int] = (0, 1, 2), keep: Sequence[int] = (3, 4)) -> 
     return ForgetRequest(tuple(fact(i) for i in forget), tuple(fact(i, None) for i in keep))
 
 
-def settings(method: str, text: str, *set_: str, layers: Sequence[int] = (0, 1)) -> EditorHParams:
+MEMORY: dict[str, dict[str, Any]] = {
+    "grace": {"layers": [1], "context_prefixes": {"count": 2, "tokens": 5}, "value": {"steps": 12}, "keep": 60},
+    "wise": {
+        "layers": [1],
+        "context_prefixes": {"count": 2, "tokens": 5},
+        "side": {"steps": 40, "lr": 0.2, "mask": 0.8},
+        "shards": {"size": 2, "per_memory": 1},
+        "keep": 60,
+    },
+}
+
+
+def settings(method: str, text: str, *set_: str, layers: Sequence[int] = (0, 1)) -> Any:
     """Few steps, explicit layers, weights that suit a moment of a few hundred tokens."""
+    if method not in CLOSED_FORM:
+        return load_hparams({"method": method, **MEMORY[method]}, set=list(set_))
     source: dict[str, Any] = {
         "method": method,
         "layers": [layers[0]] if method in ("rome", "r_rome", "emmet") else list(layers),

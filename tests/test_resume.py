@@ -11,7 +11,7 @@ from edits import relative, request, settings
 
 from editunlearn.editors import contexts, spread, values
 from editunlearn.lm.hooks import on_input, on_output, stack
-from editunlearn.lm.resume import Tail, Whole, resumable
+from editunlearn.lm.resume import Tail, Upper, Whole, resumable
 from editunlearn.lm.tokens import Row
 
 IDS = [[0, 5, 6, 7, 8, 9, 10], [0, 11, 12, 13], [0, 14, 15, 16, 17, 18, 19, 20, 21], [0, 22, 23, 24]]
@@ -49,6 +49,30 @@ def test_resumed_logits_are_those_of_the_whole_pass(kind: str, first: int) -> No
     few = changed(lm, first, some)
     torch.manual_seed(2)
     assert relative(few, changed(lm, first, Whole(lm, ROWS).pick([1, 3]))) < 1e-4
+    assert not any("forward" in block.__dict__ for block in lm.layout.module(lm.model, lm.layout.blocks))
+
+
+@pytest.mark.parametrize("kind", tiny.TYPES)
+@pytest.mark.parametrize("first", [1, 2])
+def test_upper_blocks_alone_give_the_whole_pass(kind: str, first: int) -> None:
+    lm = tiny.lm(kind)
+    assert resumable(lm, ROWS[0], first, Upper) == ""
+    site, seen = lm.layout.module(lm.model, lm.layout.site(first).name), list[int]()
+    below = lm.layout.module(lm.model, lm.layout.site(first - 1).name)
+    upper = Upper.of(lm, ROWS, first)
+    results = []
+    for run in (Whole(lm, ROWS), upper):
+        with (
+            torch.no_grad(),
+            on_output(site, lambda _inputs, output: output + output.flip(-1)),
+            on_input(below, lambda _inputs: seen.append(1)),
+        ):
+            results.append(run.hidden(run.padded.targets))
+    assert relative(results[1], results[0]) < 1e-4 and seen == [1]
+    with torch.no_grad(), on_output(site, lambda _inputs, output: output + output.flip(-1)):
+        few, plain = upper.pick([1, 3]), Whole(lm, ROWS).pick([1, 3])
+        assert relative(few.hidden(few.padded.targets), plain.hidden(plain.padded.targets)) < 1e-4
+        assert torch.equal(few.padded.labels, plain.padded.labels)
     assert not any("forward" in block.__dict__ for block in lm.layout.module(lm.model, lm.layout.blocks))
 
 

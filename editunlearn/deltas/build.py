@@ -67,18 +67,17 @@ def make_delta(
         NumericalError: a factor, or the merged weight, is not finite.
         ValueError: column ids that are not ids of ``facts``, or not one a column.
     """
-    check_finite(factors)
+    check_finite({f"{n}.{side}": getattr(f, side) for n, f in factors.items() for side in ("left", "right")})
     factors = {name: Factors(f.left.detach(), f.right.detach()) for name, f in sorted(factors.items())}
     asked = fact_set(facts, retain=retain, past=past, store_text=store_facts)
     hashed = hash_columns(columns, list(factors), asked.salt)
     strangers = {column for row in hashed.values() for column in row if column is not None} - set(asked.ids)
     if strangers:
         raise ValueError(f"{len(strangers)} column ids are not ids of the {len(facts)} facts")
-    config: Any = lm.model.config
     manifest = Manifest(
         method=method,
         hparams=dict(hparams),
-        base=BaseModelRecord(name=lm.name, revision=lm.revision, model_type=config.model_type),
+        base=base_of(lm),
         sites={name: _site(lm, name, f, hashed[name]) for name, f in factors.items()},
         facts=(asked,),
         target_strategy=target_strategy,
@@ -90,7 +89,7 @@ def make_delta(
 
 def with_gain(lm: LoadedModel, delta: LowRankDelta, dtype: torch.dtype | None = None) -> LowRankDelta:
     """The same delta with the realised gain measured anew on the unedited model, in its manifest."""
-    check_fits(delta, lm.model)
+    check_fits(delta.manifest, lm.model)
     sites = dict(delta.manifest.sites)
     for name, found in measure(lm, delta, dtype).items():
         sites[name] = sites[name].model_copy(
@@ -99,14 +98,9 @@ def with_gain(lm: LoadedModel, delta: LowRankDelta, dtype: torch.dtype | None = 
     return LowRankDelta(delta.factors, delta.manifest.with_sites(sites))
 
 
-def check_finite(factors: Mapping[str, Factors]) -> None:
-    """Raises NumericalError that names every factor with a value that is not finite."""
-    bad = [
-        f"{name}.{side}"
-        for name, pair in factors.items()
-        for side, tensor in (("left", pair.left), ("right", pair.right))
-        if not bool(torch.isfinite(tensor).all())
-    ]
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises NumericalError that names every tensor with a value that is not finite."""
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise NumericalError(
             f"factors with values that are not finite: {', '.join(bad)}. Nothing was written. Lower the step "
@@ -114,14 +108,27 @@ def check_finite(factors: Mapping[str, Factors]) -> None:
         )
 
 
-def _site(lm: LoadedModel, name: str, factors: Factors, columns: tuple[str | None, ...]) -> SiteRecord:
+def base_of(lm: LoadedModel) -> BaseModelRecord:
+    """The model that a delta is made for."""
+    config: Any = lm.model.config
+    return BaseModelRecord(name=lm.name, revision=lm.revision, model_type=config.model_type)
+
+
+def base_site(lm: LoadedModel, name: str) -> dict[str, Any]:
+    """What is recorded of a module whatever is done to it, but for its shape."""
     weight = stored_weight(lm.model, name)
+    return {
+        "transposed": is_transposed(lm.model, name),
+        "base_sha256": weight_sha256(weight),
+        "base_dtype": dtype_name(weight.dtype),
+    }
+
+
+def _site(lm: LoadedModel, name: str, factors: Factors, columns: tuple[str | None, ...]) -> SiteRecord:
     return SiteRecord(
+        **base_site(lm, name),
         shape=factors.shape,
-        transposed=is_transposed(lm.model, name),
         rank=factors.rank,
-        base_sha256=weight_sha256(weight),
-        base_dtype=dtype_name(weight.dtype),
         base_norm=base_norm(lm.model, name),
         norm=factors.norm(),
         columns=columns,

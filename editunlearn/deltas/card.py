@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from editunlearn.deltas.manifest import Manifest
+from editunlearn.deltas.manifest import BaseManifest, Manifest, MemoryManifest
 
 Kind = Literal["merged", "lora", "delta"]
 Value = float | int | str | None
@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def model_card(
-    manifest: Manifest,
+    manifest: Manifest | MemoryManifest,
     results: Rows | None,
     how: Sequence[str],
     *,
@@ -43,7 +43,7 @@ def model_card(
         _asked(manifest),
         _method(manifest, how),
         "## Measured\n\n" + (_table(results) if results else "Nothing was measured."),
-        _gain(manifest),
+        _cost(manifest) if isinstance(manifest, MemoryManifest) else _gain(manifest),
         _limits(manifest, attacks),
         _load(manifest, kind),
         _undo(manifest, kind),
@@ -51,7 +51,7 @@ def model_card(
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _header(manifest: Manifest, kind: Kind) -> str:
+def _header(manifest: BaseManifest, kind: Kind) -> str:
     header: dict[str, Any] = {
         "library_name": "peft" if kind == "lora" else "transformers",
         "pipeline_tag": "text-generation",
@@ -63,7 +63,7 @@ def _header(manifest: Manifest, kind: Kind) -> str:
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
-def _base(manifest: Manifest) -> str:
+def _base(manifest: BaseManifest) -> str:
     name = manifest.base.name
     return name if _is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
@@ -74,7 +74,7 @@ def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def _asked(manifest: Manifest) -> str:
+def _asked(manifest: BaseManifest) -> str:
     count = manifest.fact_count
     removed = sum(len(part.removed) for part in manifest.facts)
     lines = [
@@ -96,18 +96,23 @@ def _asked(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _method(manifest: Manifest, how: Sequence[str]) -> str:
+def _method(manifest: Manifest | MemoryManifest, how: Sequence[str]) -> str:
     base, sites = manifest.base, manifest.sites
     revision = f" at revision `{base.revision}`" if base.revision else ""
     settings = yaml.safe_dump({"method": manifest.method, **manifest.hparams}, sort_keys=False, allow_unicode=True)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     seeds = ", ".join(f"{name} {seed}" for name, seed in manifest.seeds.items()) or "none"
-    rank = max((site.rank for site in sites.values()), default=0)
+    if isinstance(manifest, MemoryManifest):
+        entries = sum(len(site.entries) for site in manifest.sites.values())
+        what = f"no weights changed, {entries} entries of memory beside {len(sites)} matrices"
+    else:
+        rank = max((site.rank for site in manifest.sites.values()), default=0)
+        what = f"{len(sites)} matrices changed, rank at most {rank}"
     lines = [
         "## Method",
         "",
-        f"`{manifest.method}` on {_base(manifest)}{revision} ({base.model_type}): {len(sites)} matrices "
-        f"changed, rank at most {rank}. Seeds: {seeds}. Versions: {versions}.",
+        f"`{manifest.method}` on {_base(manifest)}{revision} ({base.model_type}): {what}. "
+        f"Seeds: {seeds}. Versions: {versions}.",
         "",
         f"```yaml\n{settings}```",
     ]
@@ -141,7 +146,25 @@ def _gain(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _limits(manifest: Manifest, attacks: Sequence[str]) -> str:
+def _cost(manifest: MemoryManifest) -> str:
+    """What a memory takes while the model is used."""
+    lines = [
+        "## What it costs to use",
+        "",
+        "The memory is read where a prompt ends, whatever it is about. FLOP: added to one token of a prompt.",
+        "",
+        "| module | memory | entries | numbers | MB | FLOP |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, site in manifest.sites.items():
+        lines.append(
+            f"| `{name}` | {site.kind} | {len(site.entries)} | {site.nbytes // 4:,} | {site.nbytes / 1e6:.3g} | "
+            f"{site.operations:,} |"
+        )
+    return "\n".join(lines)
+
+
+def _limits(manifest: BaseManifest, attacks: Sequence[str]) -> str:
     if attacks:
         claim = f"The edit was attacked and survived: {', '.join(attacks)}. Other attacks were not tried."
     else:
@@ -149,14 +172,23 @@ def _limits(manifest: Manifest, attacks: Sequence[str]) -> str:
             "The facts are **suppressed**, not erased: no attack was run. Other wording, fine-tuning, "
             "quantisation or a look at the hidden states may bring them back."
         )
+    if isinstance(manifest, MemoryManifest):
+        shared = (
+            "The knowledge is still in the weights, all of it: the memory covers it up for those who use the model "
+            "with it. That suits a model behind an interface. To give weights away, use a method that changes them."
+        )
+    else:
+        shared = (
+            "The base model with the delta gives the knowledge back by subtraction: the difference points "
+            "at what was to be forgotten. Publish merged weights only, and keep the delta and the LoRA for "
+            "audit and rollback. Whoever has the original model needs neither."
+        )
     return "\n".join(
         [
             "## Limits",
             "",
             f"- {claim}",
-            "- The base model with the delta gives the knowledge back by subtraction: the difference points "
-            "at what was to be forgotten. Publish merged weights only, and keep the delta and the LoRA for "
-            "audit and rollback. Whoever has the original model needs neither.",
+            f"- {shared}",
             f"- The numbers above hold for the {manifest.fact_count} facts and the prompts that were "
             "measured, not for all ways to ask.",
             "- The licence and terms of use of the base model go on to hold.",
@@ -164,7 +196,7 @@ def _limits(manifest: Manifest, attacks: Sequence[str]) -> str:
     )
 
 
-def _load(manifest: Manifest, kind: Kind) -> str:
+def _load(manifest: BaseManifest, kind: Kind) -> str:
     base = f'"{_base(manifest)}"' + (f', revision="{manifest.base.revision}"' if manifest.base.revision else "")
     code = {
         "merged": "from transformers import AutoModelForCausalLM\n\n"
@@ -177,7 +209,7 @@ def _load(manifest: Manifest, kind: Kind) -> str:
     return f"## How to load\n\n```python\n{code}\n```"
 
 
-def _undo(manifest: Manifest, kind: Kind) -> str:
+def _undo(manifest: BaseManifest, kind: Kind) -> str:
     if kind == "merged":
         text = (
             "Load the base model named above: it was not changed. Or, with the delta at hand, merge its "
@@ -191,7 +223,7 @@ def _undo(manifest: Manifest, kind: Kind) -> str:
         )
     else:
         text = (
-            "Leave the `with` block: the weights are restored bit for bit. `delta.without([id, ...])` is the "
+            "Leave the `with` block: the model is as before, bit for bit. `delta.without([id, ...])` is the "
             "delta without single facts."
         )
     return f"## How to undo\n\n{text}"

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -17,20 +17,30 @@ from safetensors.torch import save_file
 from editunlearn.artifacts import atomic_path, atomic_write_bytes, json_bytes, sha256_file
 from editunlearn.deltas.arithmetic import dtype_name, weight_sha256
 from editunlearn.deltas.build import check_finite
-from editunlearn.deltas.lowrank import Factors, LoadedModel, LowRankDelta, check_fits, stored_weight
-from editunlearn.deltas.manifest import FORMAT, VERSION, Manifest, SiteRecord, plain_fact
+from editunlearn.deltas.kinds import KINDS, Delta, delta_of, tensor_names
+from editunlearn.deltas.lowrank import LoadedModel, check_fits, stored_weight
+from editunlearn.deltas.manifest import (
+    FORMAT,
+    VERSION,
+    BaseManifest,
+    BaseSite,
+    Manifest,
+    MemoryManifest,
+    plain_fact,
+)
 from editunlearn.errors import InputError, StaleError
 
 if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
 
+M = TypeVar("M", bound=BaseManifest)
 TENSORS = "delta.safetensors"
 MANIFEST = "delta.json"
 # The tensors that the manifest in the folder still speaks of, while new ones are being put in place.
 PREVIOUS = ".delta.safetensors.previous"
 
 
-def save(delta: LowRankDelta, directory: str | Path, facts: Sequence[Fact] | None = None) -> Manifest:
+def save(delta: Delta, directory: str | Path, facts: Sequence[Fact] | None = None) -> BaseManifest:
     """Writes a delta so that the folder always holds all of the old one or all of the new one.
 
     Args:
@@ -44,13 +54,10 @@ def save(delta: LowRankDelta, directory: str | Path, facts: Sequence[Fact] | Non
     Raises:
         NumericalError: a factor is not finite; nothing is written.
     """
-    check_finite(delta.factors)
+    check_finite(delta.tensors())
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, factors in delta.factors.items():
-        tensors[f"{name}.left"] = factors.left.detach().cpu().contiguous()
-        tensors[f"{name}.right"] = factors.right.detach().cpu().contiguous()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in delta.tensors().items()}
     target, previous = folder / TENSORS, folder / PREVIOUS
     manifest = delta.manifest if facts is None else _with_text(delta.manifest, facts)
     with atomic_path(target) as temporary:
@@ -64,7 +71,7 @@ def save(delta: LowRankDelta, directory: str | Path, facts: Sequence[Fact] | Non
     return manifest
 
 
-def load(directory: str | Path, lm: LoadedModel | None = None) -> LowRankDelta:
+def load(directory: str | Path, lm: LoadedModel | None = None) -> Delta:
     """Reads a delta that `save` wrote; the factors are exactly those that were saved.
 
     Args:
@@ -87,21 +94,19 @@ def load(directory: str | Path, lm: LoadedModel | None = None) -> LowRankDelta:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}).") from error
-    expected = {f"{name}.{side}" for name in manifest.sites for side in ("left", "right")}
-    if found.keys() != expected:
+    if found.keys() != (expected := tensor_names(manifest)):
         different = ", ".join(sorted(found.keys() ^ expected))
         raise InputError(f"{path}: its tensors are not those of {MANIFEST}; different: {different}.")
     try:
-        factors = {name: Factors(found[f"{name}.left"], found[f"{name}.right"]) for name in manifest.sites}
-        delta = LowRankDelta(factors, manifest)
+        delta = delta_of(found, manifest)
     except ValueError as error:
         raise InputError(f"{path}: {error}.") from error
     if lm is not None:
-        check_fits(delta, lm.model)
+        check_fits(delta.manifest, lm.model)
     return delta
 
 
-def load_manifest(directory: str | Path) -> Manifest:
+def load_manifest(directory: str | Path) -> Manifest | MemoryManifest:
     """Reads ``delta.json`` alone.
 
     Raises:
@@ -123,14 +128,17 @@ def load_manifest(directory: str | Path) -> Manifest:
         newer = isinstance(version, int) and version > VERSION
         hint = " It was made by a newer editunlearn; update." if newer else ""
         raise InputError(f"{path}: version is {version!r}, this editunlearn reads {VERSION}.{hint}")
+    made_of = raw.get("kind", "low_rank")
+    if made_of not in KINDS:
+        raise InputError(f"{path}: kind is {made_of!r}, this editunlearn reads {', '.join(KINDS)}.")
     try:
-        return Manifest.model_validate(raw)
+        return KINDS[made_of].model_validate(raw)
     except ValidationError as error:
         problems = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise InputError(problems) from error
 
 
-def check_base(delta: LowRankDelta, lm: LoadedModel, *, force: bool = False) -> None:
+def check_base(delta: Delta, lm: LoadedModel, *, force: bool = False) -> None:
     """Makes sure that the model has the weights that the delta was made for.
 
     For a negated delta it is the other way round: weights that are still those of the base have nothing to
@@ -143,7 +151,7 @@ def check_base(delta: LowRankDelta, lm: LoadedModel, *, force: bool = False) -> 
         InputError: the delta does not fit the model (also with ``force``).
         StaleError: other weights; names both hashes.
     """
-    check_fits(delta, lm.model)
+    check_fits(delta.manifest, lm.model)
     if force:
         return
     problems = []
@@ -155,7 +163,7 @@ def check_base(delta: LowRankDelta, lm: LoadedModel, *, force: bool = False) -> 
         raise StaleError(problems)
 
 
-def stale_weight(name: str, site: SiteRecord, weight: torch.Tensor, manifest: Manifest) -> str | None:
+def stale_weight(name: str, site: BaseSite, weight: torch.Tensor, manifest: BaseManifest) -> str | None:
     """What is wrong with a weight (out, in) as the base of a delta; None when it is the right one."""
     found = weight_sha256(weight, made_in=site.base_dtype)
     if manifest.negated:
@@ -187,7 +195,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(ordered.ljust(length))
 
 
-def _with_text(manifest: Manifest, facts: Sequence[Fact]) -> Manifest:
+def _with_text(manifest: M, facts: Sequence[Fact]) -> M:
     sets = []
     for part in manifest.facts:
         held = set(part.ids) - set(part.removed)
@@ -217,7 +225,7 @@ def _keep_previous(folder: Path) -> None:
             shutil.copyfile(target, temporary)
 
 
-def _matching_tensors(folder: Path, manifest: Manifest) -> Path:
+def _matching_tensors(folder: Path, manifest: BaseManifest) -> Path:
     target, previous = folder / TENSORS, folder / PREVIOUS
     if not target.is_file():
         raise InputError(f"{target} does not exist; {MANIFEST} without it is of no use.")

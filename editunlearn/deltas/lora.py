@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from editunlearn.artifacts import atomic_path, atomic_write_json
 from editunlearn.deltas.build import check_finite
-from editunlearn.deltas.lowrank import Factors, LoadedModel, LowRankDelta
+from editunlearn.deltas.kinds import Delta, written
+from editunlearn.deltas.lowrank import Factors, LoadedModel
 from editunlearn.errors import InputError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
@@ -53,7 +54,7 @@ def check_rank(limit: int) -> None:
 
 
 def export_lora(
-    delta: LowRankDelta,
+    delta: Delta,
     directory: str | Path,
     base_model_name: str,
     *,
@@ -76,9 +77,11 @@ def export_lora(
     Raises:
         InputError: an empty delta, modules of which only some are stored transposed, or a rank limit out of
             range.
+        UnsupportedError: the delta changes no weights.
         NumericalError: a factor is not finite; nothing is written.
     """
-    check_finite(delta.factors)
+    delta = written(delta, "LoRA")
+    check_finite(delta.tensors())
     if not delta.factors:
         raise InputError("the delta is empty: there is nothing to export as a LoRA.")
     check_rank(max_rank)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from editunlearn.deltas.arithmetic import merged_weight
-from editunlearn.deltas.manifest import Manifest, SiteRecord, check_composable
+from editunlearn.deltas.manifest import BaseManifest, Manifest, SiteRecord, check_composable
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm.weights import is_transposed, module, quantisation, read_weight
 
@@ -102,6 +102,17 @@ class LowRankDelta:
         """Bytes of all factors."""
         return sum(f.left.nbytes + f.right.nbytes for f in self.factors.values())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All factors by the names that they have in a file."""
+        sides = {f"{name}.{side}": getattr(f, side) for name, f in self.factors.items() for side in ("left", "right")}
+        return sides
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], manifest: Manifest) -> LowRankDelta:
+        """From what ``tensors`` gave; raises ValueError when that is not what the manifest says."""
+        sites = manifest.sites
+        return cls({name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in sites}, manifest)
+
     @property
     def columns(self) -> dict[str, tuple[str | None, ...]]:
         """By module, the salted hash of each rank column's fact id; None: it serves many facts."""
@@ -138,7 +149,7 @@ class LowRankDelta:
         Raises:
             InputError: a module is missing or has another shape.
         """
-        check_fits(self, lm.model)
+        check_fits(self.manifest, lm.model)
         with ExitStack() as undo:
             for name, factors in self.factors.items():
                 target = module(lm.model, name)
@@ -167,16 +178,7 @@ class LowRankDelta:
         Raises:
             InputError: some ids have no column here; the message lists them and how many are known.
         """
-        wanted = {fact_id: self.manifest.hashes_of(fact_id) for fact_id in ids}
-        known = self.manifest.known_ids
-        unknown = [fact_id for fact_id, hashes in wanted.items() if not hashes & known]
-        if unknown:
-            listed = ", ".join(repr(fact_id) for fact_id in unknown)
-            raise InputError(
-                f"the delta has no columns of its own for {listed}; it knows {len(known)} fact ids (stored "
-                "as hashes). Use the ids of the facts file that the delta was made from."
-            )
-        gone = set().union(*wanted.values()) & known
+        gone = self.manifest.hashed(ids)
         factors: dict[str, Factors] = {}
         sites: dict[str, SiteRecord] = {}
         for name, site in self.manifest.sites.items():
@@ -217,23 +219,23 @@ def compose(first: LowRankDelta, second: LowRankDelta, *, sequential: bool = Fal
     return LowRankDelta(factors, first.manifest.joined(second.manifest, dict(sorted(sites.items()))))
 
 
-def check_fits(delta: LowRankDelta, model: nn.Module) -> None:
+def check_fits(manifest: BaseManifest, model: nn.Module) -> None:
     """Makes sure that every edited module is there, in the right shape and in memory.
 
     Raises:
         InputError: with all problems; UnsupportedError for a weight that is offloaded.
     """
     problems: list[str] = []
-    for name, factors in delta.factors.items():
+    for name, site in manifest.sites.items():
         try:
             shape = _shape(model, name)
         except InputError as error:
             problems.extend(error.problems)
             continue
-        if shape != factors.shape:
+        if shape != site.shape:
             problems.append(
                 f"{name} is {shape[0]} x {shape[1]} (out x in) in this model, but the delta changes "
-                f"{factors.shape[0]} x {factors.shape[1]}; it was made for {delta.manifest.base.name}."
+                f"{site.shape[0]} x {site.shape[1]}; it was made for {manifest.base.name}."
             )
         stored_weight(model, name)  # raises when it is offloaded
     if problems:

@@ -11,10 +11,10 @@ import hashlib
 import hmac
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -69,14 +69,19 @@ class BaseModelRecord(_Record):
     model_type: str = Field(description="config.model_type, for example 'llama'.")
 
 
-class SiteRecord(_Record):
-    """One edited module."""
+class BaseSite(_Record):
+    """A module that a delta was made for."""
 
     shape: tuple[int, int] = Field(description="(out, in) of the weight.")
     transposed: bool = Field(description="True: the checkpoint stores this weight as (in, out), as GPT-2 does.")
-    rank: int = Field(ge=0, description="Columns of the left factor.")
     base_sha256: str = Field(description="Hash of the unedited weight's values (see arithmetic.weight_sha256).")
     base_dtype: str = Field(description="dtype of the weight when it was hashed.")
+
+
+class SiteRecord(BaseSite):
+    """One edited module."""
+
+    rank: int = Field(ge=0, description="Columns of the left factor.")
     base_norm: float | None = Field(ge=0, description="Frobenius norm of W; null for a packed quantised weight.")
     norm: float = Field(ge=0, description="Frobenius norm of dW.")
     gain: float | None = Field(default=None, description="Share of dW left after rounding; null: not measured.")
@@ -100,15 +105,26 @@ class SiteRecord(_Record):
         return self.norm / self.base_norm if self.base_norm else None
 
 
-class Manifest(_Record):
-    """All of ``delta.json``. Written last, so that a folder with a manifest is complete."""
+class MemorySite(BaseSite):
+    """One module with a memory beside it."""
+
+    kind: Literal["codebook", "side"] = Field(description="What the memory is made of.")
+    entries: tuple[tuple[str, ...], ...] = Field(description="For each entry the hashed ids of the facts it serves.")
+    settings: dict[str, Any] = Field(description="What reading the memory needs beside its tensors.")
+    nbytes: int = Field(ge=0, description="Bytes of its tensors.")
+    operations: int = Field(ge=0, description="Floating-point operations that it adds to a token of the prompt.")
+
+
+class BaseManifest(_Record):
+    """What every ``delta.json`` has. Written last, so that a folder with a manifest is complete."""
 
     format: Literal["editunlearn.delta"] = "editunlearn.delta"
     version: Literal[1] = 1
+    kind: str = Field(description="What the delta is made of.")
     method: str = Field(description="Editor or unlearner, for example 'memit'.")
     hparams: dict[str, Any] = Field(description="Resolved settings, not the file they came from.")
     base: BaseModelRecord
-    sites: dict[str, SiteRecord] = Field(description="Edited modules by name, sorted.")
+    sites: Mapping[str, BaseSite] = Field(description="Edited modules by name, sorted.")
     facts: tuple[FactSet, ...] = Field(description="One set a run; a composed delta has several.")
     target_strategy: str = Field(description="What the model says instead: refusal, empty, ...")
     seeds: dict[str, int] = Field(description="Every seed that was used, by purpose.")
@@ -123,18 +139,35 @@ class Manifest(_Record):
 
     @property
     def known_ids(self) -> set[str]:
-        """Hashed ids of all facts that have a column of their own."""
-        return {column for site in self.sites.values() for column in site.columns if column is not None}
+        """Hashed ids of all facts that can be told apart here."""
+        raise NotImplementedError
+
+    def hashed(self, ids: Iterable[str]) -> set[str]:
+        """The hashes of some facts as they stand here.
+
+        Raises:
+            InputError: some are not known here; the message lists them and how many are known.
+        """
+        wanted = {fact_id: self.hashes_of(fact_id) for fact_id in ids}
+        known = self.known_ids
+        unknown = [fact_id for fact_id, hashes in wanted.items() if not hashes & known]
+        if unknown:
+            listed = ", ".join(repr(fact_id) for fact_id in unknown)
+            raise InputError(
+                f"the delta has no columns of its own for {listed}; it knows {len(known)} fact ids (stored "
+                "as hashes). Use the ids of the facts file that the delta was made from."
+            )
+        return set().union(*wanted.values()) & known
 
     def hashes_of(self, fact_id: str) -> set[str]:
         """The hashes that a fact id would have here, one for each salt."""
         return {hash_id(fact_id, part.salt) for part in self.facts}
 
-    def with_sites(self, sites: dict[str, SiteRecord], **changes: Any) -> Manifest:
+    def with_sites(self, sites: Mapping[str, BaseSite], **changes: Any) -> Self:
         """A copy for changed factors: other sites, no hash of the file yet."""
         return self.model_copy(update={"sites": sites, "tensors_sha256": None, **changes})
 
-    def joined(self, other: Manifest, sites: dict[str, SiteRecord]) -> Manifest:
+    def joined(self, other: BaseManifest, sites: Mapping[str, BaseSite]) -> Self:
         """The manifest of two deltas in one. Settings that differ are kept side by side."""
         same = (self.method, self.hparams) == (other.method, other.hparams)
         strategies = dict.fromkeys([*self.target_strategy.split("+"), *other.target_strategy.split("+")])
@@ -154,6 +187,30 @@ class Manifest(_Record):
         """The settings of every run that this delta is composed of."""
         composed = self.hparams.get("parts")
         return list(composed) if isinstance(composed, list) else [{"method": self.method, **self.hparams}]
+
+
+class Manifest(BaseManifest):
+    """Of a low-rank change."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    sites: dict[str, SiteRecord] = Field(description="Edited modules by name, sorted.")
+
+    @property
+    def known_ids(self) -> set[str]:
+        """Hashed ids of all facts that have a column of their own."""
+        return {column for site in self.sites.values() for column in site.columns if column is not None}
+
+
+class MemoryManifest(BaseManifest):
+    """Of a memory beside the weights."""
+
+    kind: Literal["memory"] = "memory"
+    sites: dict[str, MemorySite] = Field(description="Modules with a memory by name, sorted.")
+
+    @property
+    def known_ids(self) -> set[str]:
+        """Hashed ids of all facts that a memory serves."""
+        return {fact for site in self.sites.values() for entry in site.entries for fact in entry}
 
 
 def hash_id(fact_id: str, salt: str) -> str:
@@ -220,7 +277,7 @@ def installed_versions() -> dict[str, str]:
     return dict(sorted({"editunlearn": __version__, "python": platform.python_version(), **packages}.items()))
 
 
-def check_composable(first: Manifest, second: Manifest, sequential: bool) -> None:
+def check_composable(first: BaseManifest, second: BaseManifest, sequential: bool) -> None:
     """Makes sure that two deltas may become one; see ``lowrank.compose`` for the arguments and errors."""
     problems: list[str] = []
     if first.base.model_type != second.base.model_type:

@@ -24,6 +24,7 @@ from editunlearn.deltas.arithmetic import merged_weight, tensor_bytes
 from editunlearn.deltas.build import check_finite
 from editunlearn.deltas.files import check_base, stale_weight
 from editunlearn.deltas.gain import Gain, measure, realised_gain
+from editunlearn.deltas.kinds import Delta, written
 from editunlearn.deltas.lowrank import LoadedModel, LowRankDelta
 from editunlearn.errors import InputError, NumericalError, StaleError, UnsupportedError
 from editunlearn.lm.weights import module, read_weight
@@ -32,7 +33,7 @@ JOURNAL = ".merge.json"
 
 
 @torch.no_grad()
-def merge(lm: LoadedModel, delta: LowRankDelta, *, force: bool = False) -> dict[str, Gain]:
+def merge(lm: LoadedModel, delta: Delta, *, force: bool = False) -> dict[str, Gain]:
     """Writes a delta into the weights of a loaded model, for good. Everything is checked before the first
     write.
 
@@ -44,11 +45,13 @@ def merge(lm: LoadedModel, delta: LowRankDelta, *, force: bool = False) -> dict[
 
     Raises:
         InputError: the delta does not fit the model.
-        UnsupportedError: an edited module is quantised, or its weight is tied to another module's.
+        UnsupportedError: a delta that changes no weights, a quantised module, or one whose weight is tied to
+            another's.
         StaleError: other base weights, and not ``force``.
         NumericalError: a merged weight would not be finite.
     """
-    check_finite(delta.factors)
+    delta = written(delta, "merge")
+    check_finite(delta.tensors())
     for name in delta.factors:
         read_weight(lm.model, name)  # refuses a quantised module with what to do about it
         _refuse_tied(lm.model, name)
@@ -73,7 +76,7 @@ def _refuse_tied(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def merge_folder(
-    base_dir: str | Path, delta: LowRankDelta, out_dir: str | Path, *, card: str | None = None, force: bool = False
+    base_dir: str | Path, delta: Delta, out_dir: str | Path, *, card: str | None = None, force: bool = False
 ) -> dict[str, Gain]:
     """Writes an edited copy of a safetensors checkpoint; in memory is one edited tensor at a time.
 
@@ -93,14 +96,15 @@ def merge_folder(
     Raises:
         InputError: same folder, a tensor that is missing or ambiguous, another shape, or a model in
             ``out_dir`` that is not from an interrupted run of this merge.
-        UnsupportedError: no safetensors files, or an edited tensor is quantised.
+        UnsupportedError: no safetensors files, an edited tensor is quantised, or the delta changes no weights.
         StaleError: other base weights, and not ``force``.
         NumericalError: a merged weight would not be finite; no weights are written.
     """
     base, out = Path(base_dir), Path(out_dir)
     if out.resolve() == base.resolve():
         raise InputError(f"{out} is the base model itself; a merge is not done in place. Choose another folder.")
-    check_finite(delta.factors)
+    delta = written(delta, "merge")
+    check_finite(delta.tensors())
     tensors = shards.read_checkpoint(base)
     edited = _edited_tensors(base, delta, tensors)
     report = _check_tensors(base, delta, edited, force)

@@ -1,6 +1,6 @@
 """Registry of the closed-form editors: method name -> module, imported only when used.
 
-An editor is one file here with ``class HParams(EditorHParams)`` (its schema and defaults) and ``fit``, plus
+An editor is one file here with ``class HParams(MethodHParams)`` (its schema and defaults) and ``fit``, plus
 one row in ``METHODS`` and one file ``hparams/<method>.yaml``.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from editunlearn.errors import InputError
 from editunlearn.naming import did_you_mean
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from editunlearn.console import Console
-    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.editors.past import PastKeys
     from editunlearn.facts.records import ForgetRequest
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import MethodHParams
     from editunlearn.lm.loading import LM
     from editunlearn.workspace import Workspace
 
@@ -32,6 +32,8 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "memit": "editunlearn.editors.memit",
         "emmet": "editunlearn.editors.emmet",
         "alphaedit": "editunlearn.editors.alphaedit",
+        "grace": "editunlearn.editors.grace",
+        "wise": "editunlearn.editors.wise",
     }
 )
 
@@ -53,20 +55,20 @@ def module(method: str) -> ModuleType:
     return import_module(METHODS[method])
 
 
-def schema(method: str) -> type[EditorHParams]:
+def schema(method: str) -> type[MethodHParams]:
     """The hparams class of a method; importing it does not import torch.
 
     Raises:
         InputError: no such method; the message lists the known ones.
     """
-    found: type[EditorHParams] = module(method).HParams
+    found: type[MethodHParams] = module(method).HParams
     return found
 
 
 def fit(
     lm: LM,
     request: ForgetRequest,
-    hp: EditorHParams,
+    hp: MethodHParams,
     *,
     past: PastKeys | None = None,
     work: Workspace | None = None,
@@ -74,7 +76,7 @@ def fit(
     console: Console | None = None,
     store_facts: bool = False,
     target_strategy: str = "given",
-) -> LowRankDelta:
+) -> Delta:
     """The change that makes the model say each fact's target; the model itself is not changed.
 
     Args:
@@ -105,7 +107,7 @@ def fit(
 def run(
     lm: LM,
     request: ForgetRequest,
-    hp: EditorHParams,
+    hp: MethodHParams,
     *,
     past: PastKeys | None = None,
     work: Workspace | None = None,
@@ -113,29 +115,52 @@ def run(
     console: Console | None = None,
     store_facts: bool = False,
     target_strategy: str = "given",
-) -> tuple[LowRankDelta, PastKeys]:
+) -> tuple[Delta, PastKeys]:
     """Like :func:`fit`, with the past keys that a next edit needs."""
     from editunlearn.console import Console
+    from editunlearn.editors.past import PastKeys
+    from editunlearn.hparams import EditorHParams, MemoryHParams, resolved
+    from editunlearn.workspace import Workspace
+
+    console, work, past = console or Console(quiet=True), work or Workspace(None, {}), past or PastKeys()
+    about: dict[str, Any] = {
+        "method": hp.method,
+        "hparams": resolved(hp),
+        "facts": request.facts,
+        "target_strategy": target_strategy,
+        "seeds": {"seed": hp.seed},
+        "retain": request.retain,
+        "store_facts": store_facts,
+    }
+    if isinstance(hp, MemoryHParams):
+        from editunlearn.deltas.memory import make_memory
+        from editunlearn.editors import memory_flow
+
+        check_past(hp, past)
+        name, made = memory_flow.run(lm, request, hp, module(hp.method), work, cache, console)
+        return make_memory(lm, {name: made.memory}, entries={name: made.entries}, **about), past
+    assert isinstance(hp, EditorHParams)  # noqa: S101 - there are these two
     from editunlearn.deltas.build import make_delta
     from editunlearn.deltas.lowrank import Factors
     from editunlearn.editors.flow import Flow
-    from editunlearn.editors.past import PastKeys
-    from editunlearn.hparams import resolved
-    from editunlearn.workspace import Workspace
 
-    console, work = console or Console(quiet=True), work or Workspace(None, {})
-    found = Flow(lm, request, hp, module(hp.method), past or PastKeys(), work, cache, console).run()
+    found = Flow(lm, request, hp, module(hp.method), past, work, cache, console).run()
     delta = make_delta(
         lm,
         {name: Factors(left, right) for name, (left, right) in found.factors.items()},
-        method=hp.method,
-        hparams=resolved(hp),
-        facts=request.facts,
         columns=found.columns,
-        target_strategy=target_strategy,
-        seeds={"seed": hp.seed},
-        retain=request.retain,
-        past=past.digest() if past is not None else "",
-        store_facts=store_facts,
+        past=past.digest(),
+        **about,
     )
     return delta, found.past
+
+
+def check_past(hp: MethodHParams, past: PastKeys | None) -> None:
+    """Raises InputError when there are keys of earlier edits that this method has no use for."""
+    from editunlearn.hparams import MemoryHParams
+
+    if isinstance(hp, MemoryHParams) and past is not None and past.keys:
+        raise InputError(
+            f"{hp.method} changes no weights, so that it cannot disturb the keys of earlier edits: leave --past out. "
+            "To go on with an earlier memory, put both together: editunlearn export --delta FIRST --compose SECOND."
+        )

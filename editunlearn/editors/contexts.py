@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from editunlearn.facts.records import Fact
-    from editunlearn.hparams import ContextPrefixes, EditorHParams
+    from editunlearn.hparams import ContextPrefixes, EditorHParams, Located
     from editunlearn.lm.loading import LM
 
 MADE_UP = 4000
@@ -80,7 +80,7 @@ class ForgetRows:
     targets: list[list[Row]]
 
 
-def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: EditorHParams) -> ForgetRows:
+def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: Located) -> ForgetRows:
     """Rows of the facts to forget.
 
     Raises:
@@ -96,7 +96,7 @@ def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: EditorH
     for fact in facts:
         prompts = [prompt_of(lm, fact, prefix) for prefix in ("", *texts)]
         with_target = [encode(lm, p, fact.target, hp.subject_token) for p in prompts]
-        keys += [replace(r, ids=r.ids[: r.prompt_length]) for r in with_target]
+        keys += [prompt_alone(row) for row in with_target]
         targets.append(with_target)
     return ForgetRows(keys, targets)
 
@@ -109,12 +109,12 @@ def unseen_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, cache: Path | 
     return [row for of_fact in forget_rows(lm, facts, texts, hp).targets for row in of_fact[1 if texts else 0 :]]
 
 
-def keep_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, *, answers: bool) -> list[Row]:
+def keep_rows(lm: LM, facts: Sequence[Fact], hp: Located, *, answers: bool) -> list[Row]:
     """Rows of facts to keep: the bare prompt, with the true answer behind it if ``answers``."""
     return [encode(lm, prompt_of(lm, f), f.answer if answers else None, hp.subject_token) for f in facts]
 
 
-def other_names(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: EditorHParams) -> list[str]:
+def other_names(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: Located) -> list[str]:
     """Names that are not to be forgotten, shuffled: the subjects of ``others``, and ``MADE_UP`` more."""
     draw = random.Random(hp.seed)
     forgotten = {word for f in facts for word in f.subject.split()}  # a name that ends like one would work against it
@@ -125,7 +125,7 @@ def other_names(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: Edito
     return found
 
 
-def swapped_rows(lm: LM, facts: Sequence[Fact], subjects: Sequence[str], count: int, hp: EditorHParams) -> list[Row]:
+def swapped_rows(lm: LM, facts: Sequence[Fact], subjects: Sequence[str], count: int, hp: Located) -> list[Row]:
     """At most ``count`` prompts of ``facts`` about ``subjects`` instead of their own, scored at the last token.
 
     What is forgotten about one subject must not be lost for all: prompts of forgotten facts share every word with them
@@ -145,6 +145,11 @@ def swapped_rows(lm: LM, facts: Sequence[Fact], subjects: Sequence[str], count: 
 def scored_at_the_end(row: Row) -> Row:
     """A prompt of which the last position is scored: any token behind it will do."""
     return replace(row, ids=(*row.ids, row.ids[-1]))
+
+
+def prompt_alone(row: Row) -> Row:
+    """A row without what stands behind its prompt."""
+    return replace(row, ids=row.ids[: row.prompt_length])
 
 
 def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams) -> list[Problem]:

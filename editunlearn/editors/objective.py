@@ -11,6 +11,7 @@ from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head, hidden_of
+from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch
 from editunlearn.numerics import losses
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def hidden_at_targets(lm: LM, padded: Batch) -> Tensor:
     """States before the head that predict the target tokens of a batch, (number of target tokens, width)."""
-    return hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
+    return hidden_of(lm, padded.targets, lambda: forward(lm.model, padded))
 
 
 class Gradient:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import StopForward, on_output, stack
+from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch, until_lookup
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def outputs_at_lookup(lm: LM, rows: Sequence[Row], names: Sequence[str]) -> dict
 
         hooks = [on_output(lm.layout.module(lm.model, n), lambda x, y, n=n: see(x, y, n)) for n in names]  # type: ignore[misc]
         with stack(hooks), suppress(StopForward):
-            lm.model(**padded.inputs, use_cache=False)
+            forward(lm.model, padded)
 
     halving(by_length([len(r.ids) for r in prompts]), run, lambda _: None)
     return {n: torch.stack(v) for n, v in found.items()}

@@ -19,14 +19,19 @@ from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import StopForward, on_output, stack
-from editunlearn.lm.resume import Pass, Tail, Whole, resumable
+from editunlearn.lm.resume import Pass, Tail, Upper, Whole, resumable
+from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch, until_lookup
 from editunlearn.numerics import losses
+from editunlearn.numerics.codebook import Replace, replaced
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Value
     from editunlearn.lm.loading import LM
     from editunlearn.workspace import Workspace
+
+
+Way = type[Tail] | type[Upper]
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,23 @@ class Values:
         return Values(*(getattr(self, name)[index] for name in self.NAMES))
 
 
+@dataclass(frozen=True)
+class Replacing:
+    """Values that replace outputs, whatever stands there, instead of being added to them.
+
+    Attributes:
+        where: which outputs of a row, the lookup token being the end of its prompt.
+        start: (n, m, d_out) what they are at first; None: the clean output of the bare prompt.
+    """
+
+    where: Replace
+    start: Tensor | None = None
+
+    def of(self, part: Sequence[int]) -> Replacing:
+        """For some of the problems."""
+        return Replacing(self.where, None if self.start is None else self.start[list(part)])
+
+
 class Store:
     """Finished batches of values in a workspace."""
 
@@ -99,6 +121,7 @@ def optimise(
     modules: Sequence[str],
     hparams: Value,
     *,
+    replacing: Replacing | None = None,
     tokens: int = 2048,
     store: Store | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -112,6 +135,7 @@ def optimise(
     else in absolute units. The relative norm is limited to ``clamp``.
 
     Args:
+        replacing: the outputs are replaced by clean output + change, at more tokens if it says so.
         tokens: padded tokens of one batch of facts.
         store: keeps finished batches, so that an interrupted run goes on after them.
 
@@ -121,7 +145,8 @@ def optimise(
     store = store or Store(None)
     results: dict[int, Values] = {}
     first = min(map(lm.layout.layer_of, modules))
-    why = resumable(lm, problems[0].rows[0], first) if problems else ""
+    way: Way = Tail if replacing is None or replacing.where == "last" else Upper
+    why = resumable(lm, problems[0].rows[0], first, way) if problems else ""
     head = Head(lm)
     if why:
         warn(f"values: all tokens go through all blocks at every step, because {why}")
@@ -129,7 +154,9 @@ def optimise(
     def run(part: Sequence[int]) -> None:
         found = store.get(part)
         if found is None:
-            found = _Chunk(lm, head, [problems[i] for i in part], modules, hparams, None if why else first).solve(part)
+            own = replacing.of(part) if replacing is not None else None
+            start = None if why else (way, first)
+            found = _Chunk(lm, head, [problems[i] for i in part], modules, hparams, start, own).solve(part)
             store.put(part, found)
         for k, i in enumerate(part):
             results[i] = found.at(k)
@@ -150,9 +177,11 @@ class _Chunk:
         problems: Sequence[Problem],
         modules: Sequence[str],
         hparams: Value,
-        first: int | None,
+        start: tuple[Way, int] | None,
+        replacing: Replacing | None,
     ) -> None:
-        self.lm, self.head, self.problems, self.hparams, self.first = lm, head, problems, hparams, first
+        self.lm, self.head, self.problems, self.hparams, self.start = lm, head, problems, hparams, start
+        self.replacing = replacing
         self.modules = [lm.layout.module(lm.model, name) for name in modules]
         self.clean = self._clean_outputs()
         self.norm = self.clean.norm(dim=-1, keepdim=True)
@@ -178,13 +207,15 @@ class _Chunk:
                 raise StopForward
 
         with stack([on_output(m, see) for m in self.modules]), suppress(StopForward):
-            self.lm.model(**padded.inputs, use_cache=False)
+            forward(self.lm.model, padded)
         return torch.stack(seen, dim=1)
 
     def solve(self, names: Sequence[int]) -> Values:
         """Adam until every fact has converged or used up its steps; ``names`` are the facts' numbers for messages."""
         hp = self.hparams
         step = torch.zeros_like(self.clean)
+        if self.replacing is not None and self.replacing.start is not None:
+            step = (self.replacing.start.to(self.clean) - self.clean) / self.unit
         state = [torch.zeros_like(step), torch.zeros_like(step)]
         loss = torch.full((len(self.problems),), torch.nan)
         steps = torch.zeros(len(self.problems), dtype=torch.long)
@@ -227,9 +258,10 @@ class _Chunk:
         return value * shrink
 
     def _pass(self, rows: Sequence[Row]) -> Pass:
-        if self.first is not None:
+        if self.start is not None:
+            way, first = self.start
             with suppress(ValueError):  # these rows are too long for it
-                return Tail.of(self.lm, rows, self.first)
+                return way.of(self.lm, rows, first)
         return Whole(self.lm, rows)
 
     def _active(self, active: Sequence[int]) -> tuple[list[int], Pass]:
@@ -241,13 +273,20 @@ class _Chunk:
         return self.picked
 
     def _hidden(self, rows: Pass, scored: Tensor, add: Tensor | None) -> Tensor:
-        """States before the head at ``scored`` with ``add`` (rows, m, d_out) added at the lookup token of each row."""
-        padded = rows.padded
+        """States before the head at ``scored`` with ``add`` (rows, m, d_out) added at the lookup token of each row.
+
+        Where outputs are replaced, ``add`` is what they are replaced by.
+        """
+        padded, replacing = rows.padded, self.replacing
 
         def inject(index: int) -> Callable[[Tensor, Tensor], Tensor]:
             def change(_inputs: Tensor, output: Tensor) -> Tensor:
                 assert add is not None  # noqa: S101 - inject is only installed when there is something to add
                 flat = output.reshape(*padded.input_ids.shape, -1).clone()
+                if replacing is not None:
+                    mask, new = padded.attention_mask.bool().to(flat.device), add[:, index].to(flat)
+                    where = replaced(mask, padded.lookup, replacing.where)
+                    return torch.where(where[..., None], new[:, None], flat).reshape(output.shape)
                 changed = padded.at_lookup(flat).float() + add[:, index].to(flat.device)
                 rows = torch.arange(len(flat), device=flat.device)
                 flat[rows, padded.lookup.to(flat.device)] = changed.to(flat.dtype)
@@ -289,7 +328,8 @@ class _Chunk:
         pinned = torch.tensor([self.is_pinned[i] for i in chosen], device=device)
         padded = rows.padded
         at_targets, at_pinned = padded.targets, self._pinned_positions(padded, pinned)
-        states = self._hidden(rows, at_targets | at_pinned, add[fact])
+        given = add if self.replacing is None else self.clean[active] + add
+        states = self._hidden(rows, at_targets | at_pinned, given[fact])
         is_target = at_targets[at_targets | at_pinned]
         base = self.base[chosen][pinned.to(self.base.device)] if len(self.base) else states[:0]
         loss = self.head.losses(torch.cat([states[is_target], states[~is_target]]), padded.labels, base)

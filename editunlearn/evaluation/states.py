@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from editunlearn.deltas.kinds import written
 from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
-    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.evaluation.treatments import Treatment
     from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
@@ -32,7 +33,7 @@ class State:
     """
 
     label: str
-    delta: LowRankDelta | None
+    delta: Delta | None
     under: Treatment | None
 
     def on(self, lm: LM, facts: Sequence[Fact], retain: Sequence[Fact]) -> AbstractContextManager[Any]:
@@ -43,7 +44,7 @@ class State:
 
 
 def states(
-    deltas: Sequence[tuple[str, LowRankDelta]], treatments: Sequence[Treatment], *, base: bool
+    deltas: Sequence[tuple[str, Delta]], treatments: Sequence[Treatment], *, base: bool
 ) -> tuple[list[State], list[str]]:
     """Every edit, and the bare model if ``base`` or if there is no edit; each as it is and under each treatment.
 
@@ -55,12 +56,15 @@ def states(
 
     Raises:
         InputError: two states of one label.
+        UnsupportedError: a treatment of changed weights, and an edit that changes none.
     """
     bare = [(BASE, None)] if base or not deltas else []
     found, notes = [], []
     for label, delta in [*bare, *deltas]:
         found.append(State(label, delta, None))
         for under in dict.fromkeys(treatments):
+            if delta is not None and under.of_weights:
+                written(delta, f"--under {under}, {label}")
             if delta is None and under.of_delta:
                 notes.append(f"{under} is left out for {label}, which has no edit.")
             else:

@@ -17,7 +17,7 @@ from editunlearn.lm.tokens import Row, encode, wrap
 from editunlearn.naming import did_you_mean
 
 if TYPE_CHECKING:
-    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
 
@@ -64,12 +64,17 @@ class Treatment:
         return self.kind == "subspace"
 
     @property
+    def of_weights(self) -> bool:
+        """Whether it needs an edit that changes weights."""
+        return self.of_delta or self.kind in quantisation.SCHEMES
+
+    @property
     def halves(self) -> bool:
         """Whether it shows the model half of the facts, so that only the others can be asked."""
         return self.kind in ("relearn", "relearn-lora")
 
     @contextmanager
-    def on(self, lm: LM, delta: LowRankDelta | None, facts: Sequence[Fact], retain: Sequence[Fact]) -> Iterator[None]:
+    def on(self, lm: LM, delta: Delta | None, facts: Sequence[Fact], retain: Sequence[Fact]) -> Iterator[None]:
         """The model with ``delta``, treated, inside; as it was afterwards.
 
         Args:

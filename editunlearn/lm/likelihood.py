@@ -11,6 +11,7 @@ from torch import Tensor
 
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head, hidden_of
+from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.numerics import losses
 
@@ -69,7 +70,7 @@ def states_of(lm: LM, rows: Sequence[Row], done: Callable[[int], None] = lambda 
 
     def run(part: Sequence[int]) -> None:
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
-        states = hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
+        states = hidden_of(lm, padded.targets, lambda: forward(lm.model, padded))
         sizes = padded.owners.bincount(minlength=len(part)).tolist()
         for i, own in zip(part, torch.split(states, sizes), strict=True):
             results[i] = own
@@ -94,7 +95,7 @@ def token_scores(
 
     def run(part: Sequence[int]) -> None:
         padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
-        states = hidden_of(lm, padded.targets, lambda: lm.model(**padded.inputs, use_cache=False))
+        states = hidden_of(lm, padded.targets, lambda: forward(lm.model, padded))
         pieces = []
         for logits, labels in zip(head.logits(states), padded.labels.split(head.rows), strict=True):  # type: ignore[no-untyped-call]
             found = [-losses.cross_entropy_and_gradient(logits, labels), logits.argmax(-1), labels]
@@ -121,7 +122,10 @@ def score(lm: LM, rows: Sequence[Row], *, closed: bool = True) -> list[Likelihoo
 
 @torch.no_grad()
 def perplexity(lm: LM, pieces: Sequence[Sequence[int]]) -> float:
-    """exp of the mean negative log-likelihood of all tokens but the first of each piece."""
+    """exp of the mean negative log-likelihood of all tokens but the first of each piece.
+
+    Text is read, not answered: where it matters to an edit, all of a piece is prompt.
+    """
     rows = [Row(tuple(p), 0, 1) for p in pieces]
     head, total = Head(lm), [0.0, 0]
 

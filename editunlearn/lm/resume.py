@@ -1,4 +1,5 @@
-"""Run only what an edit at one token can change: the blocks from the first edited one, the tokens from that one on.
+"""Run only what an edit can change: the blocks from the first edited one and, of an edit at one token, the tokens from
+that one on.
 
 A change of a block's output at the lookup token leaves the blocks below as they were, and, attention being causal, all
 tokens before it. Both are computed once: the keys and values of the earlier tokens, and the hidden states that enter
@@ -8,7 +9,7 @@ architecture is written down here; where a model does not fit this way, :func:`r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from editunlearn.lm.head import before_head, hidden_of
 from editunlearn.lm.hooks import first_tensor, stack
+from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Whole:
 
     def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
-        return hidden_of(self.lm, scored, lambda: self.lm.model(**self.padded.inputs, use_cache=False))
+        return hidden_of(self.lm, scored, lambda: forward(self.lm.model, self.padded))
 
 
 @dataclass(frozen=True)
@@ -107,62 +109,107 @@ class Tail:
 
     def pick(self, rows: Sequence[int]) -> Tail:
         """Some of the rows, as wide as before."""
-        index = torch.tensor(rows, dtype=torch.long)
-
-        def some(value: Tensor) -> Tensor:
-            return value[index.to(value.device)]
-
-        old = self.padded
-        wanted = torch.isin(old.owners, index.to(old.owners.device))  # rows keep their order
-        number = torch.full((len(old.input_ids),), -1, device=old.owners.device)
-        number[index.to(number.device)] = torch.arange(len(index), device=number.device)
-        per_row = {
-            name: some(getattr(old, name))
-            for name in ("input_ids", "attention_mask", "position_ids", "lookup", "targets", "last")
-        }
-        padded = Batch(**per_row, labels=old.labels[wanted], owners=number[old.owners[wanted]])
-        past = [(some(k), some(v)) for k, v in self.past]
-        return replace(self, padded=padded, mask=some(self.mask), past=past, entering=some(self.entering))
+        padded, past = _padded(self.padded, rows), [(_some(k, rows), _some(v, rows)) for k, v in self.past]
+        return replace(self, padded=padded, mask=_some(self.mask, rows), past=past, entering=_some(self.entering, rows))
 
     def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
-        blocks = _blocks(self.lm)
         inputs = {
             "input_ids": self.padded.input_ids,
             "attention_mask": self.mask,
             "position_ids": self.padded.position_ids,
             "past_key_values": _cache(self.lm, self.past),
         }
-        with (
-            stack([_passing(block, self.outputs) for block in blocks[: self.first]]),
-            _fed(blocks[self.first], self.entering),
-        ):
+        with _from(self.lm, self.first, self.entering, self.outputs):
             return hidden_of(self.lm, scored, lambda: self.lm.model(**inputs, use_cache=True))
 
 
+def _some(value: Tensor, rows: Sequence[int]) -> Tensor:
+    return value[torch.tensor(rows, dtype=torch.long, device=value.device)]
+
+
+def _padded(old: Batch, rows: Sequence[int]) -> Batch:
+    """Some rows of a batch, in their order and as wide as before."""
+    index = torch.tensor(rows, dtype=torch.long, device=old.owners.device)
+    wanted = torch.isin(old.owners, index)
+    number = torch.full((len(old.input_ids),), -1, device=old.owners.device)
+    number[index] = torch.arange(len(index), device=number.device)
+    per_row = {
+        name: _some(getattr(old, name), rows)
+        for name in ("input_ids", "attention_mask", "position_ids", "lookup", "targets", "last")
+    }
+    return Batch(**per_row, labels=old.labels[wanted], owners=number[old.owners[wanted]])
+
+
+@dataclass(frozen=True)
+class Upper:
+    """Rows of which the blocks below ``first`` have been run; all tokens are run again, for a change at all of them.
+
+    Attributes:
+        entering: (rows, length, width) input of block ``first``.
+        outputs: how many things a block returns; 0: the hidden states themselves.
+    """
+
+    lm: LM
+    first: int
+    padded: Batch
+    entering: Tensor
+    outputs: int
+
+    @classmethod
+    def of(cls, lm: LM, rows: Sequence[Row], first: int) -> Upper:
+        """Run the rows once."""
+        padded = batch(rows, lm.pad_id, lm.device)
+        _, hidden, outputs = _entering(lm, first, padded.input_ids, lambda: forward(lm.model, padded))
+        return cls(lm, first, padded, hidden.clone(), outputs)
+
+    def pick(self, rows: Sequence[int]) -> Upper:
+        """Some of the rows, as wide as before."""
+        return replace(self, padded=_padded(self.padded, rows), entering=_some(self.entering, rows))
+
+    def hidden(self, scored: Tensor) -> Tensor:
+        """See :class:`Pass`."""
+        with _from(self.lm, self.first, self.entering, self.outputs):
+            return hidden_of(self.lm, scored, lambda: forward(self.lm.model, self.padded))
+
+
+@contextmanager
+def _from(lm: LM, first: int, entering: Tensor, outputs: int) -> Iterator[None]:
+    """The blocks below ``first`` hand on what they get, and ``first`` gets ``entering``."""
+    blocks = _blocks(lm)
+    with stack([_passing(block, outputs) for block in blocks[:first]]), _fed(blocks[first], entering):
+        yield
+
+
 @torch.no_grad()
+def _entering(lm: LM, first: int, ids: Tensor, run: Callable[[], Any]) -> tuple[Any, Tensor, int]:
+    """What a pass over ``ids`` without the head gives, the states that enter a block, and how much a block returns."""
+    nothing = torch.zeros_like(ids, dtype=torch.bool)
+    nothing[0, 0] = True
+    seen: list[Any] = []
+    handle = _blocks(lm)[first].register_forward_hook(
+        lambda _module, args, kwargs, output: seen.append((_states(args, kwargs), output)), with_kwargs=True
+    )
+    try:
+        with before_head(lm.head, nothing):
+            out = run()
+    finally:
+        handle.remove()
+    hidden, output = seen[0]
+    return out, hidden, len(output) if isinstance(output, tuple) else 0
+
+
 def _run_once(
     lm: LM, ids: Tensor, mask: Tensor, positions: Tensor, before: int, first: int
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, int]:
     """Keys and values of the first ``before`` tokens, the later tokens' input of a block, and what blocks return."""
-    seen: list[Any] = []
-    block = _blocks(lm)[first]
-    handle = block.register_forward_hook(
-        lambda _module, args, kwargs, output: seen.append((_states(args, kwargs), output)), with_kwargs=True
-    )
-    nothing = torch.zeros_like(ids, dtype=torch.bool)
-    nothing[0, 0] = True
-    try:
-        with before_head(lm.head, nothing):
-            out = lm.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    finally:
-        handle.remove()
-    hidden, output = seen[0]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    out, hidden, outputs = _entering(lm, first, ids, lambda: lm.model(**inputs, use_cache=True))
     layers = out.past_key_values.layers
     if any(layer.keys is None or layer.keys.shape[-2] != ids.shape[1] for layer in layers):
         raise ValueError("its key-value cache does not hold all tokens of a row (a short attention window?)")
     past = [(layer.keys[..., :before, :].clone(), layer.values[..., :before, :].clone()) for layer in layers]
-    return past, hidden[:, before:].clone(), len(output) if isinstance(output, tuple) else 0
+    return past, hidden[:, before:].clone(), outputs
 
 
 def _cache(lm: LM, past: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -233,11 +280,11 @@ def skipping(lm: LM, numbers: Sequence[int]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def resumable(lm: LM, row: Row, first: int) -> str:
+def resumable(lm: LM, row: Row, first: int, way: type[Tail] | type[Upper] = Tail) -> str:
     """ "" when resuming ``row`` at block ``first`` ends like a whole pass, else why it does not."""
     try:
-        tail = Tail.of(lm, [row], first)
-        resumed = tail.hidden(tail.padded.targets)
+        part = way.of(lm, [row], first)
+        resumed = part.hidden(part.padded.targets)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a model's code does not like, the plain way remains

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from editunlearn.deltas.arithmetic import merged_weight
+from editunlearn.deltas.kinds import written
 from editunlearn.errors import InputError
 from editunlearn.lm.weights import is_conv1d, read_weight
 from editunlearn.naming import did_you_mean
 from editunlearn.numerics.quantise import nf4, round_to_nearest
 
 if TYPE_CHECKING:
-    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.lm.loading import LM
 
 GROUP = 64
@@ -46,16 +47,17 @@ SCHEMES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 
 @contextmanager
-def quantised(lm: LM, scheme: str, delta: LowRankDelta | None = None) -> Iterator[None]:
+def quantised(lm: LM, scheme: str, delta: Delta | None = None) -> Iterator[None]:
     """The model with ``delta`` merged and the linear maps of its blocks rounded; restored bit-exactly at the end.
 
     Raises:
         InputError: an unknown scheme.
-        UnsupportedError: the model is quantised already.
+        UnsupportedError: the model is quantised already, or the delta changes no weights.
     """
     if scheme not in SCHEMES:
         hint = did_you_mean(scheme, SCHEMES)
         raise InputError(f"unknown quantisation {scheme!r}.{hint} Schemes: {', '.join(SCHEMES)}.")
+    changes = written(delta, f"rounding to {scheme}").factors if delta is not None else {}
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
@@ -63,9 +65,8 @@ def quantised(lm: LM, scheme: str, delta: LowRankDelta | None = None) -> Iterato
                 weight = read_weight(lm.model, name)
                 kept.append((weight, weight.clone()))
                 merged = weight
-                if delta is not None and name in delta.factors:
-                    factors = delta.factors[name]
-                    merged = merged_weight(weight, factors.left, factors.right)
+                if name in changes:
+                    merged = merged_weight(weight, changes[name].left, changes[name].right)
                 weight.copy_(SCHEMES[scheme](merged))
         yield
     finally:

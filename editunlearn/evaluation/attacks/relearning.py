@@ -16,6 +16,7 @@ from editunlearn.errors import InputError, NumericalError
 from editunlearn.evaluation.attacks.quantisation import linear_maps
 from editunlearn.lm.head import Head, hidden_of
 from editunlearn.lm.hooks import frozen, on_output, stack
+from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.lm.weights import read_weight
 
@@ -106,7 +107,7 @@ def _train(lm: LM, rows: Sequence[Row], hp: Relearn, parameters: Sequence[Tensor
     for step in range(hp.steps):
         padded = batch([rows[i] for i in order()], lm.pad_id, lm.device)
         with torch.enable_grad():
-            states = hidden_of(lm, padded.targets, lambda p=padded: lm.model(**p.inputs, use_cache=False))  # type: ignore[misc]
+            states = hidden_of(lm, padded.targets, lambda p=padded: forward(lm.model, p))  # type: ignore[misc]
             loss = head.cross_entropy(states, padded.labels).mean()
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):

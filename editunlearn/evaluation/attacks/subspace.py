@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from editunlearn.deltas.kinds import written
 from editunlearn.errors import InputError
 from editunlearn.lm.hooks import on_output, stack
 
 if TYPE_CHECKING:
-    from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.kinds import Delta
     from editunlearn.lm.loading import LM
 
 
@@ -31,7 +32,7 @@ def written_directions(left: Tensor, right: Tensor, count: int) -> Tensor:
 
 
 @contextmanager
-def ablated(lm: LM, delta: LowRankDelta, count: int = 1) -> Iterator[None]:
+def ablated(lm: LM, delta: Delta, count: int = 1) -> Iterator[None]:
     """The model with ``delta`` applied and its ``count`` strongest written directions taken out at each edited module.
 
     Somebody who has the merged model alone can find such directions from what forgotten prompts have in common; here
@@ -39,9 +40,12 @@ def ablated(lm: LM, delta: LowRankDelta, count: int = 1) -> Iterator[None]:
 
     Raises:
         InputError: no directions.
+        UnsupportedError: the delta changes no weights.
     """
     if count < 1:
         raise InputError(f"subspace attack with {count} directions; at least 1.")
+
+    changes = written(delta, "subspace attack").factors
 
     def without(basis: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         def change(_inputs: Tensor, output: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def ablated(lm: LM, delta: LowRankDelta, count: int = 1) -> Iterator[None]:
 
         return change
 
-    bases = {name: written_directions(f.left, f.right, count) for name, f in delta.factors.items()}
+    bases = {name: written_directions(f.left, f.right, count) for name, f in changes.items()}
     with delta.applied(lm):
         hooks = [on_output(lm.layout.module(lm.model, name), without(basis)) for name, basis in bases.items()]
         with stack(hooks):

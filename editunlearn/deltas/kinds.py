@@ -1,0 +1,71 @@
+"""What kinds of delta there are, and what is only for some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from torch import Tensor
+
+from editunlearn.deltas import lowrank, memory
+from editunlearn.deltas.lowrank import LowRankDelta
+from editunlearn.deltas.manifest import Manifest, MemoryManifest
+from editunlearn.deltas.memory import MemoryDelta
+from editunlearn.errors import UnsupportedError
+
+Delta = LowRankDelta | MemoryDelta
+"""Every kind has a ``manifest``, ``nbytes``, ``tensors()``, ``applied(lm)``, ``without(ids)`` and ``of(tensors,
+manifest)``."""
+
+KINDS: Mapping[str, type[Manifest] | type[MemoryManifest]] = MappingProxyType(
+    {"low_rank": Manifest, "memory": MemoryManifest}
+)
+
+
+def tensor_names(manifest: Manifest | MemoryManifest) -> set[str]:
+    """Names of the tensors in the file of the delta that a manifest describes."""
+    if isinstance(manifest, MemoryManifest):
+        return {f"{name}.{part}" for name, site in manifest.sites.items() for part in memory.KINDS[site.kind].PARTS}
+    return {f"{name}.{side}" for name in manifest.sites for side in ("left", "right")}
+
+
+def delta_of(tensors: Mapping[str, Tensor], manifest: Manifest | MemoryManifest) -> Delta:
+    """The delta that a manifest describes.
+
+    Raises:
+        ValueError: the tensors are not what the manifest says.
+    """
+    if isinstance(manifest, MemoryManifest):
+        return MemoryDelta.of(tensors, manifest)
+    return LowRankDelta.of(tensors, manifest)
+
+
+def written(delta: Delta, what: str) -> LowRankDelta:
+    """``delta``, if it is a change of weights.
+
+    Raises:
+        UnsupportedError: it is a memory, for which ``what`` has no meaning.
+    """
+    if isinstance(delta, LowRankDelta):
+        return delta
+    raise UnsupportedError(
+        f"{what}: {delta.manifest.method} leaves the weights as they are and keeps a memory beside them; there is no "
+        "change of weights. Use the delta itself (applied(lm), evaluate --delta), or a method that writes into the "
+        "weights, such as memit."
+    )
+
+
+def compose(first: Delta, second: Delta, *, sequential: bool = False) -> Delta:
+    """One delta that does what both do; see :func:`lowrank.compose` and :func:`memory.compose`.
+
+    Raises:
+        InputError: they are for different models. UnsupportedError: of different kinds.
+    """
+    if isinstance(first, LowRankDelta) and isinstance(second, LowRankDelta):
+        return lowrank.compose(first, second, sequential=sequential)
+    if isinstance(first, MemoryDelta) and isinstance(second, MemoryDelta):
+        return memory.compose(first, second)
+    raise UnsupportedError(
+        f"{first.manifest.method} and {second.manifest.method}: a memory and a change of weights cannot be one delta. "
+        "Merge the change of weights, and make the memory on the merged model."
+    )

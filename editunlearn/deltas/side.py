@@ -1,0 +1,99 @@
+"""Side memories beside one linear map: a sequence whose prompt wakes one goes through the map as it changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from editunlearn.lm.sequences import Watcher
+from editunlearn.numerics.side import activation, route
+
+
+@dataclass(frozen=True)
+class SideMemory:
+    """WISE's memories (https://arxiv.org/abs/2405.14768, section 2.3), the archive that the active one is found in.
+
+    The map itself, with its bias and in whatever way it is stored, goes on to work; updates are added to its output.
+
+    Attributes:
+        updates: (n, d_out, d_in) float32.
+        thresholds: (n,) float32, how active an update must be.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+
+    updates: Tensor
+    thresholds: Tensor
+
+    KIND: ClassVar[Literal["side"]] = "side"
+    PARTS: ClassVar[tuple[str, ...]] = ("updates", "thresholds")
+
+    def __post_init__(self) -> None:
+        if self.updates.ndim != 3 or self.thresholds.shape != (len(self.updates),):
+            shapes = tuple(self.updates.shape), tuple(self.thresholds.shape)
+            raise ValueError(f"updates and thresholds of side memories have shapes {shapes[0]} and {shapes[1]}")
+        if self.updates.dtype != torch.float32 or self.thresholds.dtype != torch.float32:
+            raise ValueError("tensors of side memories must be float32")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], _settings: Mapping[str, Any]) -> SideMemory:
+        """From its parts; raises ValueError when they do not fit."""
+        return cls(**tensors)
+
+    def settings(self) -> dict[str, Any]:
+        """What is saved beside its parts: nothing."""
+        return {}
+
+    @property
+    def count(self) -> int:
+        """Memories."""
+        return len(self.updates)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the map."""
+        return self.updates.shape[1], self.updates.shape[2]
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations on a token of the prompt, which goes through all memories."""
+        return 2 * self.updates.numel()
+
+    def to(self, device: torch.device) -> SideMemory:
+        """The same on a device."""
+        return SideMemory(self.updates.to(device), self.thresholds.to(device))
+
+    def only(self, entries: list[int]) -> SideMemory:
+        """Some of the memories, bit for bit."""
+        index = torch.tensor(entries, dtype=torch.long)
+        return SideMemory(self.updates[index], self.thresholds[index])
+
+    def joined(self, other: SideMemory) -> SideMemory:
+        """Both archives in one."""
+        return SideMemory(torch.cat([self.updates, other.updates]), torch.cat([self.thresholds, other.thresholds]))
+
+    def change(self, name: str, watcher: Watcher) -> Callable[[Tensor, Tensor], Tensor | None]:
+        """What a hook on the map does with its input and output; decides once a sequence, by its whole prompt."""
+
+        def change(inputs: Tensor, output: Tensor) -> Tensor | None:
+            piece = watcher.piece
+            wide = piece.rows(inputs).float()
+            if not piece.decoding:
+                prompt = piece.prompt.to(wide.device)
+                active = [activation(wide, update, prompt) for update in self.updates]
+                piece.kept[name] = route(torch.stack(active, 1), self.thresholds)
+            chosen = piece.kept[name].to(wide.device)
+            if bool((chosen < 0).all()):
+                return None
+            changed = piece.rows(output).clone()
+            for number in sorted({n for n in chosen.tolist() if n >= 0}):
+                rows = chosen == number
+                changed[rows] = (changed[rows].float() + wide[rows] @ self.updates[number].T).to(changed.dtype)
+            return changed.reshape(output.shape)
+
+        return change

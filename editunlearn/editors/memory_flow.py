@@ -1,0 +1,98 @@
+"""The flow of methods that keep a memory beside one layer: rows of the facts, prompts to keep, the method's fit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from editunlearn.editors import contexts
+from editunlearn.errors import InputError
+from editunlearn.hparams import MemoryHParams
+from editunlearn.lm.hooks import frozen
+from editunlearn.lm.layout import resolve_layers
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from editunlearn.console import Console
+    from editunlearn.deltas.memory import Memory
+    from editunlearn.facts.records import Fact, ForgetRequest
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.loading import LM
+    from editunlearn.lm.tokens import Row
+    from editunlearn.workspace import Workspace
+
+H = TypeVar("H", bound=MemoryHParams)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A memory, and for each of its entries the ids of the facts that it serves."""
+
+    memory: Memory
+    entries: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Stage(Generic[H]):
+    """What a method's fit gets.
+
+    Attributes:
+        site: the map that the memory is put beside.
+        facts: to forget.
+        rows: for each fact its rows with the target, the bare prompt first; ``lookup`` is the prompt's last token.
+        keep: prompts to keep.
+    """
+
+    lm: LM
+    hp: H
+    site: Site
+    facts: Sequence[Fact]
+    rows: list[list[Row]]
+    keep: list[Row]
+    work: Workspace
+    console: Console
+
+
+def run(
+    lm: LM,
+    request: ForgetRequest,
+    hp: MemoryHParams,
+    method: ModuleType,
+    work: Workspace,
+    cache: Path | None,
+    console: Console,
+) -> tuple[str, Fitted]:
+    """The module's name and its memory.
+
+    Raises:
+        InputError: a layer that the model does not have, no facts, facts without target.
+        NumericalError: a loss that is not finite.
+    """
+    if not request.facts:
+        raise InputError("there are no facts to forget.")
+    layers, why = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), method.DEFAULT_LAYERS)
+    console.info(f"layer: {layers[0]} ({why})")
+    site = lm.layout.site(layers[0])
+    with frozen(lm.model):
+        texts = contexts.prefixes(lm, hp.context_prefixes, cache)
+        rows = contexts.forget_rows(lm, request.facts, texts, hp).targets
+        stage = Stage(lm, hp, site, request.facts, rows, prompts_to_keep(lm, request, hp), work, console)
+        found: Fitted = method.fit(stage)
+    return site.name, found
+
+
+def prompts_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams) -> list[Row]:
+    """At most ``hp.keep`` prompts: all that the user retains, then in equal parts shipped ones and those of the
+    forgotten facts about others, which are the closest that there are."""
+    kept = contexts.keep_rows(lm, request.retain, hp, answers=False)[: hp.keep]
+    shipped = [*request.general, *request.names]
+    random.Random(hp.seed).shuffle(shipped)
+    room = hp.keep - len(kept)
+    names = contexts.other_names(lm, request.facts, [*request.retain, *shipped], hp)
+    swapped = contexts.swapped_rows(lm, request.facts, names, room if not shipped else room // 2, hp)
+    swapped = [contexts.prompt_alone(row) for row in swapped]
+    return [*kept, *contexts.keep_rows(lm, shipped[: room - len(swapped)], hp, answers=False), *swapped]

@@ -1,0 +1,237 @@
+"""Training side memories: shard after shard under its own mask, then merged, then given a threshold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from editunlearn.deltas.side import SideMemory
+from editunlearn.editors.memory_flow import Fitted, Stage
+from editunlearn.errors import NumericalError
+from editunlearn.lm.batching import by_length, chunks, halving
+from editunlearn.lm.head import Head
+from editunlearn.lm.hooks import StopForward, on_output
+from editunlearn.lm.resume import Upper, Whole, resumable
+from editunlearn.lm.sequences import forward
+from editunlearn.lm.tokens import Row, batch
+from editunlearn.numerics import losses
+from editunlearn.numerics.side import activation, margin, merged, threshold
+
+if TYPE_CHECKING:
+    from editunlearn.editors.wise import HParams
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What enters and leaves the map at the prompts' tokens of some rows; no memory changes what enters.
+
+    Attributes:
+        inputs: (rows, length, d_in) float32, zeros at padding.
+        where: (rows, length) bool, tokens of the prompt.
+        norm: mean norm of the map's outputs there.
+    """
+
+    inputs: Tensor
+    where: Tensor
+    norm: float
+
+    def activation(self, update: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Of the prompts, or of some of them, (rows,)."""
+        if rows is None:
+            return activation(self.inputs, update, self.where)
+        index = torch.tensor(rows, dtype=torch.long, device=self.inputs.device)
+        return activation(self.inputs[index], update, self.where[index])
+
+
+class Trainer:
+    """Loss and steps of one side memory at a time.
+
+    Attributes:
+        forget: of the facts' rows, fact after fact, as many to each as there are contexts.
+        keep: of the prompts to keep.
+        unit: what the margins are measured in.
+    """
+
+    def __init__(self, stage: Stage[HParams]) -> None:
+        self.stage, self.hp, self.lm = stage, stage.hp, stage.lm
+        self.module = self.lm.layout.module(self.lm.model, stage.site.name)
+        self.head = Head(self.lm)
+        self.rows = [row for own in stage.rows for row in own]
+        self.contexts = len(stage.rows[0])
+        self.first = self.lm.layout.layer_of(stage.site.name)
+        self.why = resumable(self.lm, self.rows[0], self.first, Upper)
+        self.passes: dict[tuple[Row, ...], Upper | Whole] = {}  # of the group that is trained
+        if self.why:
+            stage.console.warn(f"side memories: all blocks are run at every step, because {self.why}")
+        self.forget = self._see(self.rows)
+        self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], self.forget.where[:0], 0.0)
+        relative = self.hp.margin.scale == "relative"
+        self.unit = (self.keep.norm or self.forget.norm) if relative else 1.0
+        weight = self.lm.layout.read_weight(self.lm.model, stage.site.name)
+        self.shape = tuple(weight.shape)
+        self.scale = float(weight.float().square().mean().sqrt()) if self.hp.side.scale == "relative" else 1.0
+
+    @torch.no_grad()
+    def _see(self, rows: Sequence[Row]) -> Seen:
+        """Prompts alone, in batches; what is behind a prompt is neither run nor seen."""
+        width = max(row.prompt_length for row in rows)
+        inputs: dict[int, Tensor] = {}
+        norms: list[Tensor] = []
+
+        def run(part: Sequence[int]) -> None:
+            prompts = [Row(rows[i].ids[: rows[i].prompt_length], 0, rows[i].prompt_length) for i in part]
+            padded = batch(prompts, self.lm.pad_id, self.lm.device)
+
+            def see(entering: Tensor, output: Tensor) -> None:
+                mask = padded.attention_mask.bool().to(output.device)
+                x = entering.reshape(*mask.shape, -1).float() * mask[..., None]
+                for k, i in enumerate(part):
+                    inputs[i] = torch.nn.functional.pad(x[k], (0, 0, 0, width - x.shape[1])).to(self.lm.device)
+                norms.append(output.reshape(*mask.shape, -1).float().norm(dim=-1)[mask].cpu())
+                raise StopForward
+
+            with on_output(self.module, see), suppress(StopForward):
+                forward(self.lm.model, padded)
+
+        halving(by_length([row.prompt_length for row in rows]), run, self.stage.console.warn)
+        lengths = torch.tensor([row.prompt_length for row in rows], device=self.lm.device)
+        where = torch.arange(width, device=self.lm.device) < lengths[:, None]
+        return Seen(torch.stack([inputs[i] for i in range(len(rows))]), where, float(torch.cat(norms).mean()))
+
+    def of(self, facts: Sequence[int]) -> list[int]:
+        """Numbers of the rows of some facts."""
+        return [fact * self.contexts + k for fact in facts for k in range(self.contexts)]
+
+    def loss(self, update: Tensor, facts: Sequence[int], *, grad: bool = False) -> float:
+        """Loss of a group of facts (paper, eq. 6): NLL of the targets, mean over tokens and then rows, and the margin.
+
+        Args:
+            update: (d_out, d_in) float32; with ``grad`` the gradient is added to its own.
+
+        Raises:
+            NumericalError: it is not finite.
+        """
+        own = self.of(facts)
+        with torch.set_grad_enabled(grad):
+            m = self.hp.margin
+            inside, outside = self.forget.activation(update, own), self.keep.activation(update)
+            bounds = (self.unit * m.outside, self.unit * m.inside, self.unit * m.gap)
+            total = m.weight / self.unit * margin(inside, outside, *bounds)
+            if grad:
+                total.backward()  # type: ignore[no-untyped-call]
+            found = float(total.detach())
+            for part in by_length([len(self.rows[i].ids) for i in own], self.hp.batch_tokens):
+                nll = self._nll(update, tuple(self.rows[own[i]] for i in part)) * (len(part) / len(own))
+                if grad:
+                    nll.backward()  # type: ignore[no-untyped-call]
+                found += float(nll.detach())
+        if not torch.isfinite(torch.tensor(found)):
+            raise NumericalError("the loss of a side memory is not finite; try a smaller side.lr or float32.")
+        return found
+
+    def _nll(self, update: Tensor, rows: tuple[Row, ...]) -> Tensor:
+        if rows not in self.passes:  # what is below the memory's block is the same at every step
+            resume = not self.why and self.first > 0
+            self.passes[rows] = Upper.of(self.lm, rows, self.first) if resume else Whole(self.lm, rows)
+        padded = self.passes[rows].padded
+        with on_output(self.module, _adding(update)):
+            states = self.passes[rows].hidden(padded.targets)
+        token = self.head.cross_entropy(states, padded.labels)
+        return losses.mean_by(token, padded.owners, len(rows)).mean()
+
+    def train(self, shard: Sequence[int], number: int, progress: Callable[[int], None]) -> Tensor:
+        """The update for a shard of the facts, (d_out, d_in) float32 on the model's device."""
+        hp, draw = self.hp.side, torch.Generator().manual_seed(self.hp.seed + number)
+        mask = (torch.rand(self.shape, generator=draw) < hp.mask).to(self.lm.device)
+        update = torch.zeros(self.shape, device=self.lm.device, requires_grad=True)
+        for group in chunks(shard, hp.batch):
+            self.passes.clear()
+            self._fit(update, mask, group, hp.steps)
+            progress(len(group))
+        return update.detach()
+
+    def repair(self, merged: Tensor, facts: Sequence[int]) -> Tensor:
+        """A merged update, its entries trained on all of its facts."""
+        update = merged.clone().requires_grad_(True)
+        self.passes.clear()
+        self._fit(update, merged != 0, facts, self.hp.shards.repair)
+        return update.detach()
+
+    def _fit(self, update: Tensor, mask: Tensor, group: Sequence[int], steps: int) -> None:
+        """Steps on one group of facts, in place."""
+        hp, rate = self.hp.side, self.hp.side.lr * self.scale
+        kind = torch.optim.Adam if hp.scale == "relative" else torch.optim.SGD
+        optimizer: torch.optim.Optimizer = kind([update], lr=rate)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            if self.loss(update, group, grad=True) <= hp.stop_loss:
+                break
+            with torch.no_grad():
+                assert update.grad is not None  # noqa: S101 - the loss has just made it
+                update.grad.mul_(mask)
+                update.mul_(1 - hp.lr * hp.weight_decay)
+            optimizer.step()
+            if hp.clamp is not None:
+                with torch.no_grad():
+                    update.clamp_(-hp.clamp * self.scale, hp.clamp * self.scale)
+
+
+def _adding(update: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def change(inputs: Tensor, output: Tensor) -> Tensor:
+        return (output.float() + inputs.float() @ update.to(inputs.device).T).to(output.dtype)
+
+    return change
+
+
+def fit(stage: Stage[HParams]) -> Fitted:
+    """All shards, merged memory by memory; each memory's threshold is measured on what came out of the merging."""
+    trainer, hp = Trainer(stage), stage.hp.shards
+    shards = list(chunks(range(len(stage.facts)), hp.size))
+    with stage.console.progress(len(stage.facts), "side memories (facts)") as bar:
+        updates = [_trained(trainer, shard, number, bar.update) for number, shard in enumerate(shards)]
+    groups = list(chunks(range(len(shards)), hp.per_memory or len(shards)))
+    served = [[fact for i in group for fact in shards[i]] for group in groups]
+    memories = []
+    for group, facts in zip(groups, served, strict=True):
+        update = merged([updates[i] for i in group], hp.merge, hp.density)
+        memories.append(trainer.repair(update, facts) if len(group) > 1 else update)
+    levels = [_threshold(trainer, update, facts) for update, facts in zip(memories, served, strict=True)]
+    stage.console.info(
+        f"side memories: {len(memories)} of {len(shards)} shards, "
+        f"{sum(m.nbytes for m in memories) / 1e6:,.1f} MB beside {stage.site.name}"
+    )
+    entries = [tuple(stage.facts[fact].id for fact in facts) for facts in served]
+    return Fitted(SideMemory(torch.stack(memories).cpu(), torch.tensor(levels)), entries)
+
+
+def _trained(trainer: Trainer, shard: Sequence[int], number: int, progress: Callable[[int], None]) -> Tensor:
+    """A shard's update, from the interrupted run if that finished it."""
+    work = trainer.stage.work
+    name = "side-" + hashlib.sha256(repr((number, list(shard))).encode()).hexdigest()[:16]
+    kept = work.get(name)
+    if kept is not None:
+        progress(len(shard))
+        return kept["update"].to(trainer.lm.device)
+    update = trainer.train(shard, number, progress)
+    work.put(name, {"update": update})
+    return update
+
+
+@torch.no_grad()
+def _threshold(trainer: Trainer, update: Tensor, facts: Sequence[int]) -> float:
+    inside, outside = trainer.forget.activation(update, trainer.of(facts)), trainer.keep.activation(update)
+    routing, warn = trainer.hp.routing, trainer.stage.console.warn
+    found = threshold(inside, outside, routing.ratio, routing.clear)
+    asleep, woken = int((inside < found).sum()), int((outside >= found).sum())
+    if asleep or woken:
+        warn(
+            f"a side memory of {len(facts)} facts is missed by {asleep} of their {len(inside)} prompts and woken by "
+            f"{woken} of {len(outside)} prompts to keep; try more side.steps or a larger margin.weight"
+        )
+    return found

@@ -1,0 +1,105 @@
+"""WISE's side memory (https://arxiv.org/abs/2405.14768): how active it is, its margins, how shards are merged.
+
+A side memory is an update ``U`` (d_out, d_in) of one linear map: its output for an input x is ``W x + U x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Merge = Literal["ties", "magnitude", "linear"]
+
+
+def activation(inputs: Tensor, update: Tensor, where: Tensor) -> Tensor:
+    """How much an update does to each sequence (paper, eq. 3), (rows,): mean over its tokens of ``norm(U x)``.
+
+    Args:
+        inputs: (rows, length, d_in).
+        update: (d_out, d_in).
+        where: (rows, length) bool, the tokens that count.
+    """
+    norms = torch.linalg.vector_norm(inputs @ update.T, dim=-1)  # whose gradient at zero is zero
+    mean: Tensor = (norms * where).sum(1) / where.sum(1).clamp(min=1)
+    return mean
+
+
+def margin(inside: Tensor, outside: Tensor, low: float, high: float, gap: float) -> Tensor:
+    """Hinge loss of activations (paper, eq. 5): of edited prompts above ``high``, of others below ``low``, and ``gap``
+    between each two.
+
+    Each term is the mean over those that break its bound: one prompt that is woken matters, however many are not.
+
+    Args:
+        inside: (n,) of edited prompts.
+        outside: (m,) of prompts to keep; may be empty.
+    """
+    apart = inside[:, None] - outside
+    return _broken(high - inside) + _broken(outside - low) + _broken(gap - apart)
+
+
+def _broken(bounds: Tensor) -> Tensor:
+    """Mean of the positive numbers; 0 where there are none."""
+    return bounds.clamp(min=0).sum() / (bounds > 0).sum().clamp(min=1)
+
+
+def route(activations: Tensor, thresholds: Tensor) -> Tensor:
+    """For each sequence the most active memory of those above their thresholds, -1 where there is none, (rows,).
+
+    Args:
+        activations: (rows, memories).
+        thresholds: (memories,).
+    """
+    if activations.shape[1] == 0:
+        return torch.full((len(activations),), -1, device=activations.device)
+    awake = torch.where(activations >= thresholds, activations, -1.0)
+    best, index = awake.max(1)
+    return torch.where(best >= 0, index, -1)
+
+
+def threshold(inside: Tensor, outside: Tensor, ratio: float, clear: float | None) -> float:
+    """Least activation that wakes a memory: ``ratio`` of the least of an edited prompt.
+
+    Args:
+        inside: (n,) of edited prompts. outside: (m,) of prompts to keep.
+        clear: nor is it below this share of the way from the largest of a prompt to keep up to the former.
+    """
+    least = float(inside.min())
+    if clear is None or len(outside) == 0:
+        return ratio * least
+    most = float(outside.max())
+    return max(ratio * least, most + clear * (least - most))
+
+
+def merged(updates: Sequence[Tensor], how: Merge, density: float) -> Tensor:
+    """One update of several of the same shape.
+
+    ``linear``: their mean. ``magnitude``: of each only the largest entries, and the mean of those that there are.
+    ``ties`` (https://arxiv.org/abs/2306.01708): likewise, but only of entries with the sign of their sum.
+
+    Args:
+        density: share of an update's entries that are kept.
+    """
+    if len(updates) == 1:
+        return updates[0]
+    if how == "linear":
+        return torch.stack(list(updates)).mean(0)
+    kept = torch.stack([_largest(update, density) for update in updates])
+    there = kept != 0
+    if how == "ties":
+        there &= kept.sign() == kept.sum(0).sign()
+    return (kept * there).sum(0) / there.sum(0).clamp(min=1)
+
+
+def _largest(update: Tensor, density: float) -> Tensor:
+    """``update`` with all but its largest entries set to zero; equal ones are kept or dropped together."""
+    count = round(density * update.numel())
+    if count >= update.numel():
+        return update
+    if count == 0:
+        return torch.zeros_like(update)
+    least = update.abs().flatten().kthvalue(update.numel() - count + 1).values
+    return torch.where(update.abs() >= least, update, 0.0)

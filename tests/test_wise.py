@@ -1,0 +1,235 @@
+"""WISE: loss, steps, merging and routing against the paper's equations, and what forgetting with it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference_memory
+import tiny
+import torch
+from edits import REFUSAL, TAUGHT, fact, request, settings
+from test_memory import forgetful, rows_of
+
+from editunlearn import editors
+from editunlearn.console import Console
+from editunlearn.deltas import side as side_delta
+from editunlearn.deltas.memory import MemoryDelta
+from editunlearn.deltas.side import SideMemory
+from editunlearn.editors import contexts, memory_flow, side
+from editunlearn.errors import NumericalError, UnsupportedError
+from editunlearn.lm.generation import generate
+from editunlearn.lm.likelihood import score
+from editunlearn.lm.tokens import batch, encode
+from editunlearn.numerics.side import activation, margin, merged, route, threshold
+from editunlearn.workspace import Workspace
+
+
+def test_activation_and_margin_by_hand() -> None:
+    update = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    inputs = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [9.0, 9.0]]])
+    assert activation(inputs, update, torch.tensor([[True, True, False]])).tolist() == [2.5]  # padding does not count
+    inside, outside = torch.tensor([1.0, 4.0]), torch.tensor([0.5, 2.5, 0.0])
+    # above 3: 1 misses by 2; below 1: 2.5 by 1.5; 1 apart: 1 from 0.5 by 0.5, 1 from 2.5 by 2.5
+    assert float(margin(inside, outside, 1.0, 3.0, 1.0)) == pytest.approx(2 + 1.5 + (0.5 + 2.5) / 2)
+    assert float(margin(inside, outside[:0], 1.0, 3.0, 1.0)) == 2.0
+    assert threshold(inside, outside, 0.5, None) == 0.5
+    assert threshold(torch.tensor([4.0, 6.0]), torch.tensor([2.0, 1.0]), 0.5, 0.75) == 3.5
+    assert threshold(torch.tensor([4.0]), torch.tensor([1.0]), 0.9, 0.5) == pytest.approx(3.6)
+
+
+def test_routing_is_a_choice_for_each_sequence() -> None:
+    """Defect: one averaged distance decided for the batch, and several memories with several rows raised."""
+    draw = torch.Generator().manual_seed(0)
+    active, thresholds = torch.rand(50, 4, generator=draw), torch.rand(4, generator=draw)
+    wanted = [reference_memory.wise_route(row, thresholds.tolist()) for row in active.tolist()]
+    assert [None if n < 0 else n for n in route(active, thresholds).tolist()] == wanted
+    assert None in wanted and len(set(wanted)) == 5
+    assert route(active[:, :0], thresholds[:0]).tolist() == [-1] * 50
+
+
+def test_merging() -> None:
+    draw = torch.Generator().manual_seed(1)
+    updates = [torch.randn(6, 7, generator=draw) * (torch.rand(6, 7, generator=draw) < 0.5) for _ in range(3)]
+    for density in (1.0, 0.53, 0.2):
+        assert torch.allclose(merged(updates, "ties", density).double(), reference_memory.ties(updates, density))
+    assert torch.allclose(merged(updates, "linear", 0.2), sum(updates) / 3)
+    one, other = torch.tensor([[4.0, 0.0, -3.0, 1.0]]), torch.tensor([[2.0, 5.0, 3.5, 0.0]])
+    assert merged([one, other], "magnitude", 1.0).tolist() == [[3.0, 5.0, 0.25, 1.0]]
+    assert merged([one, other], "ties", 1.0).tolist() == [[3.0, 5.0, 3.5, 1.0]]
+    assert merged([one, other], "ties", 0.5).tolist() == [[4.0, 5.0, 3.5, 0.0]]
+    assert merged([one], "ties", 0.25) is one
+
+
+def _trainer(lm: Any, *set_: str, forget: tuple[int, ...] = (0, 1)) -> side.Trainer:
+    asked, hp = request(forget, (3, 4)), settings("wise", "", "context_prefixes.count=1", *set_)
+    texts = contexts.prefixes(lm, hp.context_prefixes, None)
+    rows = contexts.forget_rows(lm, asked.facts, texts, hp).targets
+    keep = memory_flow.prompts_to_keep(lm, asked, hp)[:7]
+    site = lm.layout.site(1)
+    stage = memory_flow.Stage(lm, hp, site, asked.facts, rows, keep, Workspace(None, {}), Console(quiet=True))
+    return side.Trainer(stage)
+
+
+@pytest.mark.parametrize("tokens", [2048, 1])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma2"])
+def test_loss_and_step_are_the_papers(kind: str, tokens: int) -> None:
+    """Defects: labels placed by the length of the padded row; a bias and a transposed weight lost on the way."""
+    lm = tiny.lm(kind)
+    absolute = ["margin={outside: 0.2, inside: 1.5, gap: 0.7, scale: absolute, weight: 2.0}", f"batch_tokens={tokens}"]
+    step = ["side={steps: 1, lr: 0.5, scale: absolute, clamp: 0.03, mask: 0.3}"]
+    for parameter in lm.model.parameters():
+        parameter.requires_grad_(False)
+    trainer = _trainer(lm, *absolute, *step)
+    assert len({len(r.ids) for r in trainer.rows}) > 2
+    assert max(r.prompt_length for r in trainer.stage.keep) > min(r.prompt_length for r in trainer.rows)
+    draw = torch.Generator().manual_seed(3)
+    update = 0.05 * torch.randn(trainer.shape, generator=draw)
+    edits = [(r.ids, r.prompt_length) for r in trainer.rows]
+    keep = [r.ids for r in trainer.stage.keep]
+    literal = reference_memory.WiseModel(lm, trainer.stage.site.name, update)
+    wanted = reference_memory.wise_loss(literal, edits, keep, (0.2, 1.5, 0.7), 2.0)
+    ours = update.clone().requires_grad_(True)
+    assert trainer.loss(ours, [0, 1], grad=True) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    (grad,) = torch.autograd.grad(wanted, literal.update)
+    assert ours.grad is not None
+    assert float((ours.grad.double() - grad).norm() / grad.norm()) < 1e-4
+
+    mask = torch.rand(trainer.shape, generator=draw) < 0.3
+    stepped = update.clone().requires_grad_(True)
+    trainer._fit(stepped, mask, [0, 1], 1)
+    assert torch.allclose(stepped.double(), reference_memory.wise_step(update, grad, mask, 0.5, 0.03), atol=1e-5)
+
+
+def test_repair_brings_back_what_merging_lost() -> None:
+    lm, asked = forgetful()[0], request((0, 1, 2), (3, 4, 5))
+    prompts = [contexts.prompt_of(lm, fact(i)) for i in range(3)]
+    refused, updates = [], []
+    for steps in (0, 20):
+        hp = settings("wise", "", "shards={size: 1, per_memory: 3}", "side.mask=0.4", f"shards.repair={steps}")
+        delta = editors.fit(lm, asked, hp)
+        assert isinstance(delta, MemoryDelta)
+        updates.append(next(iter(delta.memories.values())).updates)  # type: ignore[union-attr]
+        with delta.applied(lm):
+            refused.append([text.strip() for text in generate(lm, prompts)].count(REFUSAL))
+    assert refused[0] < refused[1] == 3
+    assert not ((updates[0] == 0) & (updates[1] != 0)).any()  # only entries that some shard may use
+
+
+def test_masks_differ_from_shard_to_shard_and_bound_the_update() -> None:
+    trainer = _trainer(tiny.lm(), "side.mask=0.2", "side.clamp=0.5", "side.steps=5")
+    with torch.no_grad():
+        limit = 0.5 * trainer.scale
+    for parameter in trainer.lm.model.parameters():
+        parameter.requires_grad_(False)
+    one, again, two = (trainer.train([0, 1], number, lambda _: None) for number in (0, 0, 1))
+    assert torch.equal(one, again)
+    share = [float((u != 0).float().mean()) for u in (one, two)]
+    assert all(0.1 < s < 0.25 for s in share)
+    both = float(((one != 0) & (two != 0)).float().mean())
+    assert both < 0.4 * min(share)
+    assert float(one.abs().max()) == pytest.approx(limit)
+    with pytest.raises(NumericalError, match="not finite"):
+        trainer.loss(torch.full(trainer.shape, torch.inf), [0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gptj"])
+def test_what_it_computes_is_the_reference(kind: str) -> None:
+    """Also with several memories and several rows, where published code raised."""
+    lm = tiny.lm(kind)
+    draw, name = torch.Generator().manual_seed(0), lm.layout.site(1).name
+    shape = lm.layout.read_weight(lm.model, name).shape
+    updates = 0.1 * torch.randn(3, *shape, generator=draw)
+    rows = [encode(lm, contexts.prompt_of(lm, fact(i)), TAUGHT[i][2], "prompt_last") for i in range(6)]
+    models = [reference_memory.WiseModel(lm, name, update) for update in updates]
+    active = [[float(model.activation(row.ids[: row.prompt_length]).detach()) for model in models] for row in rows]
+    high = torch.tensor(active).sort(0, descending=True).values
+    thresholds = (high[1] + high[2]) / 2  # two rows wake each
+    delta = editors.fit(lm, request(), settings("wise", "", "side.steps=1", "shards.size=1"))
+    assert isinstance(delta, MemoryDelta)
+    memory = MemoryDelta({name: SideMemory(updates, thresholds)}, delta.manifest)
+    wanted, chosen = [], []
+    for row, own in zip(rows, active, strict=True):
+        number = reference_memory.wise_route(own, thresholds.tolist())
+        chosen.append(number)
+        with torch.no_grad():
+            p = models[number or 0].logits(row.ids, side=number is not None).log_softmax(-1)
+        wanted.append(sum(float(p[at - 1, row.ids[at]]) for at in range(row.prompt_length, len(row.ids) - 1)))
+    assert None in chosen and len(set(chosen)) > 1
+    with memory.applied(lm):
+        ours = [s.log_probability for s in score(lm, rows)]
+    assert ours == pytest.approx(wanted, rel=1e-4)
+
+
+def test_facts_are_refused_and_the_rest_stays() -> None:
+    lm, asked = forgetful()[0], request((0, 1, 2), (3, 4, 5))
+    prompts = [contexts.prompt_of(lm, fact(i)) for i in range(6)]
+    before = generate(lm, prompts)
+    for more in (["shards.size=1", "shards.per_memory=null", "side.mask=0.4"], ["shards.size=1"]):
+        delta = editors.fit(lm, asked, settings("wise", "", *more))
+        assert isinstance(delta, MemoryDelta) and delta.count == (1 if len(more) == 3 else 3)
+        with delta.applied(lm):
+            after = generate(lm, prompts)
+            alone = [generate(lm, [p])[0] for p in prompts]
+        assert [t.strip() for t in after[:3]] == [REFUSAL] * 3 and after[3:] == before[3:]
+        assert alone == after and generate(lm, prompts) == before
+
+
+def test_the_choice_is_made_once_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect: it was made anew at every step of decoding, by one token."""
+    lm = forgetful()[0]
+    delta = editors.fit(lm, request((0, 1, 2), (3, 4, 5)), settings("wise", ""))
+    calls = []
+
+    def counted(active: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+        calls.append(len(active))
+        return route(active, thresholds)
+
+    monkeypatch.setattr(side_delta, "route", counted)
+    padded = batch(rows_of(lm), lm.pad_id, left=True)
+    with delta.applied(lm), torch.no_grad():
+        lm.model.generate(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            max_new_tokens=6,
+            do_sample=True,
+            num_return_sequences=2,
+            pad_token_id=lm.pad_id,
+        )
+        assert calls == [12]
+        lm.model.generate(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            max_new_tokens=4,
+            num_beams=3,
+            do_sample=False,
+            pad_token_id=lm.pad_id,
+        )
+        assert calls == [12, 18]
+
+
+def test_facts_of_one_memory_go_together() -> None:
+    lm = tiny.lm()
+    delta = editors.fit(lm, request((0, 1, 2)), settings("wise", "", "side.steps=2"))
+    assert isinstance(delta, MemoryDelta) and delta.count == 2
+    with pytest.raises(UnsupportedError, match="share an entry of the memory with 1 facts"):
+        delta.without(["f0"])
+    (left,), (whole,) = delta.without(["f0", "f1"]).memories.values(), delta.memories.values()
+    assert torch.equal(left.updates, whole.updates[1:]) and torch.equal(left.thresholds, whole.thresholds[1:])
+    assert delta.without(["f2"]).manifest.fact_count == 2
+
+
+def test_a_scaled_model_gives_a_scaled_memory() -> None:
+    """Published step sizes and margins are raw numbers that mean something else on each model."""
+    found = []
+    for factor in (1.0, 8.0):
+        lm = tiny.lm("llama")
+        mlp = lm.layout.module(lm.model, lm.layout.block_name(1)).mlp  # type: ignore[union-attr]
+        with torch.no_grad():  # the same function of the model: the input of the map is 8 times, the map 1/8
+            mlp.up_proj.weight.mul_(factor)  # type: ignore[union-attr]
+            mlp.down_proj.weight.div_(factor)  # type: ignore[union-attr]
+        delta = editors.fit(lm, request((0, 1), (3, 4)), settings("wise", ""))
+        assert isinstance(delta, MemoryDelta)
+        found.append(next(iter(delta.memories.values())))
+    assert torch.allclose(found[0].updates, 8 * found[1].updates, atol=2e-2)
+    assert torch.allclose(found[0].thresholds, found[1].thresholds, rtol=0.02)
