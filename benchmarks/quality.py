@@ -115,8 +115,9 @@ def edit(
     request = ForgetRequest(tuple(filled), tuple(retain), tuple(general.known), tuple(general.names))
     delta = editors.fit(lm, request, hp, cache=cache, console=console)
     seconds = time.perf_counter() - start
-    norms = {name: round(site.relative_norm or 0.0, 4) for name, site in delta.manifest.sites.items()}
-    gains = [site.gain for site in delta.manifest.sites.values() if site.gain is not None]
+    sites = delta.manifest.sites  # a memory changes no weights, which have no norm and no gain then
+    norms = {name: round(norm, 4) for name, site in sites.items() if (norm := getattr(site, "relative_norm", None))}
+    gains = [gain for site in sites.values() if (gain := getattr(site, "gain", None)) is not None]
     return delta, {
         "fit_seconds": round(seconds, 1),
         "relative_norm": norms,
