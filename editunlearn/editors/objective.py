@@ -110,7 +110,7 @@ def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
         right[list(part)] = ((first == 0) & (others <= 1)).float().cpu()
 
     gradient.over(rows, run)
-    return float(right.mean())
+    return float(right.sum()) / len(rows)
 
 
 class Keep:
