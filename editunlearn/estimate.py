@@ -161,8 +161,9 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
         return 0.0
     r = hp.refine
     forget = min(facts, r.forget_batch) * r.contexts
-    keep, text = r.retain_batch * 2, r.text_batch * r.text_length
-    trained = 2 * cost(forget * row + r.retain_batch * 16 + text, forget * target + keep + text)
+    prompts = r.prompts(facts)
+    keep, text = prompts * 2, r.text_batch * r.text_length
+    trained = 2 * cost(forget * row + prompts * 16 + text, forget * target + keep + text)
     return r.planned(facts) * (trained + (keep + text) * cost.logits)
 
 

@@ -55,6 +55,7 @@ Real = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_number)]
 Whole = Annotated[int, Strict()]
 _COUNT = Field(json_schema_extra={"allowed": "auto, or a whole number of at least 1"})
 Steps = Annotated[Literal["auto"] | int, _count("refine.steps"), _COUNT]
+Prompts = Annotated[Literal["auto"] | int, _count("refine.retain_batch"), _COUNT]
 Tokens = Annotated[Literal["auto"] | int, _count("moments.tokens"), _COUNT]
 Layers = Annotated[
     Literal["auto"] | list[int | float],
@@ -182,6 +183,11 @@ LEAST_STEPS, STEPS_PER_FACT = 40, 5
 """Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
 
 
+PROMPTS_PER_FACT, LEAST_PROMPTS, MOST_PROMPTS = 1.6, 32, 64
+"""Prompts to keep in each step of refine when they are ``auto``. Many facts disturb more, and of few prompts the
+gradient is noisy: what is kept suffers from that, not what is forgotten."""
+
+
 class Refine(Piece):
     """Training of the left factors after the closed form, on what is wanted; the right factors stay."""
 
@@ -200,7 +206,10 @@ class Refine(Piece):
     floor: Real = Field(default=0.6, ge=0, description="A target whose loss is at or below this no longer counts.")
     forget_batch: Whole = Field(default=20, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")
-    retain_batch: Whole = Field(default=32, ge=1, description="Prompts to keep per step.")
+    retain_batch: Prompts = Field(
+        default="auto",
+        description=f"Prompts to keep per step; auto: {PROMPTS_PER_FACT} a fact, {LEAST_PROMPTS} to {MOST_PROMPTS}.",
+    )
     text_batch: Whole = Field(default=1, ge=1, description="Sequences of generic text per step.")
     text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
     batch_tokens: Whole = Field(
@@ -212,6 +221,12 @@ class Refine(Piece):
         if self.steps == "auto":
             return max(LEAST_STEPS, STEPS_PER_FACT * facts - 2 * LEAST_STEPS)
         return self.steps
+
+    def prompts(self, facts: int) -> int:
+        """Prompts to keep per step for that many facts to forget."""
+        if self.retain_batch == "auto":
+            return min(MOST_PROMPTS, max(LEAST_PROMPTS, round(PROMPTS_PER_FACT * facts)))
+        return self.retain_batch
 
     def most(self, facts: int) -> int:
         """Updates at most."""

@@ -169,6 +169,8 @@ def test_what_refine_has() -> None:
     auto = load_hparams("memit").refine
     assert auto is not None and [auto.most(n) for n in (1, 20, 22, 1000)] == [80, 80, 80, 9840]
     assert "it must be auto, or" in problem("memit", set=["refine.steps=many"])
+    assert [auto.prompts(n) for n in (1, 20, 30, 40, 1000)] == [32, 32, 48, 64, 64]
+    assert "refine.retain_batch is 0; it must be auto, or" in problem("memit", set=["refine.retain_batch=0"])
     refine = load_hparams("memit", set=["refine={steps: 3, text_kl: 0, floor: 0, contexts: 1}"]).refine
     assert refine is not None and (refine.steps, refine.text_kl, refine.floor, refine.contexts) == (3, 0, 0, 1)
     for wrong in ("steps=0", "lr=0", "kl=-1", "text_kl=-1", "floor=-1", "forget_batch=0", "text_length=1"):

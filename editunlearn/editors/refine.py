@@ -193,7 +193,7 @@ class _Draw:
     def retain(self) -> list[int]:
         """Numbers of the prompts to keep, counted through all pools."""
         chosen: list[int] = []
-        start, left = 0, self.hp.retain_batch
+        start, left = 0, self.hp.prompts(len(self.goals.forget))
         sizes = [len(pool) for pool in self.goals.retain if pool]
         for number, size in enumerate(sizes):
             # as many as the root of the pool's size: a large pool has more to say, a small one must not be left out
