@@ -65,6 +65,21 @@ def test_a_context_may_change_the_length_of_the_target() -> None:
     assert [[len(r.ids) - r.prompt_length for r in part] for part in found.targets] == [[2, 2, 2], [3, 2, 5]]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_chunks_are_cut_out_of_the_tokens_of_the_whole(text: str, chat: bool) -> None:
+    lm, hp = tiny.lm(chat=chat), settings("memit", text, *CHUNKED)
+    facts = [replace(f, is_question=chat) for f in asked().facts]
+    rows = contexts.forget_rows(lm, facts, ["It is. "], hp)
+    found, parts = chunks.split(rows, hp.chunks)
+    for number, whole in enumerate(rows.targets):
+        own = [part for part, owner in zip(found.targets, parts.owner, strict=True) if owner == number]
+        for context, row in enumerate(whole):
+            said = [i for part in own for i in part[context].ids[part[context].prompt_length :]]
+            assert said == list(row.ids[row.prompt_length :]) and said[-1] == lm.end_id
+            assert [part[context].lookup for part in own[1:]] == [part[context].prompt_length - 1 for part in own[1:]]
+            assert all(part[context].ids == row.ids[: len(part[context].ids)] for part in own)
+
+
 @pytest.mark.parametrize(("kind", "preserve"), [("llama", 1.0), ("gpt2", 0.0), ("gpt2", 3.0)])
 def test_the_flow_is_the_papers_algorithm(text: str, tmp_path: Path, kind: str, preserve: float) -> None:
     lm, layers = tiny.lm(kind), (0, 1)

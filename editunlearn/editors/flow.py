@@ -23,6 +23,7 @@ from editunlearn.facts.text import documents
 from editunlearn.lm.hooks import frozen, on_output, stack
 from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
+from editunlearn.numerics.solve import compact
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -211,15 +212,17 @@ class Flow:
     ) -> SiteProblem:
         count, width = len(self.parts.owner), raw.shape[1]
         measured = second.get(site.name)
-        others = keys.at_tokens(self.lm, self.parts.others, [site], warn=self.console.warn) if self.parts.others else {}
-        beside = self.parts.preserve**0.5 * others.get(site.name, raw[:0])
+        past = [self.past.keys.get(site.name, raw[:0])]
+        if self.parts.others:
+            others = keys.at_tokens(self.lm, self.parts.others, [site], warn=self.console.warn)[site.name]
+            past.append(self.parts.preserve**0.5 * compact(others))
         return SiteProblem(
             keys=self.groups.columns(keys.average(raw, count)),
             bare=self.groups.columns(raw.reshape(count, -1, width)[:, 0]),
             residuals=self.groups.columns(wanted if wanted is not None else torch.zeros(count, 1)),
             moment=measured.moment if measured is not None else None,
             retain=kept.get(site.name, raw[:0]),
-            past=torch.cat([self.past.keys.get(site.name, raw[:0]), beside]),
+            past=torch.cat(past),
             derived=measured.derived if measured is not None else made_anew,
         )
 
