@@ -1,4 +1,4 @@
-"""AnyEdit (arXiv 2502.05628) on MEMIT, written down literally: one fact and one chunk at a time, whole rows, no cache.
+"""AnyEdit (arXiv 2502.05628), written down literally: one fact and one chunk at a time, whole rows, no cache.
 
 Chunk after chunk, a value is trained at the token before it, with the changes of the earlier chunks held in place; then
 layer after layer the keys of all chunk tokens are written, and those of all other tokens kept.
@@ -6,12 +6,12 @@ layer after layer the keys of all chunk tokens are written, and those of all oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from reference import _seen, memit_update
+from reference import _seen
 from torch import Tensor
 
 
@@ -104,21 +104,22 @@ def _with(lm: Any, chunk: Chunk, module: str, changes: Sequence[tuple[int, Tenso
     return seen[0]
 
 
-def memit(
+Update = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, keys of other tokens (d_in, m), keys of chunks (d_in, n), R (d_out, n)) -> dW (d_out, d_in)."""
+
+
+def write(
     lm: Any,
     layers: Sequence[int],
     facts: Sequence[Sequence[Chunk]],
     found: Sequence[Sequence[tuple[Tensor, Tensor]]],
-    second: dict[int, Tensor],
-    weight: float,
-    preserve: float,
+    update: Update,
 ) -> dict[int, Tensor]:
     """dW by layer, (d_out, d_in) float64; written into the weights layer by layer and taken back at the end.
 
     Args:
         found: what ``values`` found on the last layer's block.
-        second: ``C`` by layer.
-        preserve: weight of the keys of a fact's other tokens.
+        update: the method's closed form at one layer.
     """
     updates: dict[int, Tensor] = {}
     saved: dict[int, Tensor] = {}
@@ -126,18 +127,16 @@ def memit(
     try:
         for index, layer in enumerate(layers):
             name = lm.layout.site(layer).name
-            system = weight * second[layer].double()
-            keys, missing = [], []
+            others, keys, missing = [], [], []
             for chunks, results in zip(facts, found, strict=True):
                 whole = chunks[-1].ids
                 for token in set(range(len(whole))) - {chunk.at for chunk in chunks}:
-                    other = _seen(lm, whole, token, name, output=False)
-                    system = system + preserve * torch.outer(other, other)
+                    others.append(_seen(lm, whole, token, name, output=False))
                 for chunk, (clean, change) in zip(chunks, results, strict=True):
                     keys.append(_seen(lm, whole, chunk.at, name, output=False))
                     now = _seen(lm, whole, chunk.at, last, output=True)
                     missing.append((clean.double() + change.double() - now) / (len(layers) - index))
-            updates[layer] = memit_update(system, torch.stack(keys, 1), torch.stack(missing, 1))
+            updates[layer] = update(layer, *(torch.stack(part, 1) for part in (others, keys, missing)))
             parameter = lm.layout.read_weight(lm.model, name)
             saved[layer] = parameter.clone()
             parameter += updates[layer].to(parameter.dtype)

@@ -16,8 +16,9 @@ import tiny
 import torch
 from edits import CLOSED_FORM, Killed, nll, relative, request, same_delta, settings
 from runs import call
+from torch import Tensor
 
-from editunlearn import editors
+from editunlearn import editors, estimate
 from editunlearn.editors import chunks, contexts, keys, spread, statistics, values
 from editunlearn.editors.value_types import Problem, Standing, Values
 from editunlearn.facts.records import ForgetRequest
@@ -80,13 +81,16 @@ def test_chunks_are_cut_out_of_the_tokens_of_the_whole(text: str, chat: bool) ->
             assert all(part[context].ids == row.ids[: len(part[context].ids)] for part in own)
 
 
-@pytest.mark.parametrize(("kind", "preserve"), [("llama", 1.0), ("gpt2", 0.0), ("gpt2", 3.0)])
-def test_the_flow_is_the_papers_algorithm(text: str, tmp_path: Path, kind: str, preserve: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "kind", "preserve"),
+    [("memit", "llama", 1.0), ("memit", "gpt2", 0.0), ("memit", "gpt2", 3.0), ("alphaedit", "llama", 2.0)],
+)
+def test_the_flow_is_the_papers_algorithm(text: str, tmp_path: Path, method: str, kind: str, preserve: float) -> None:
     lm, layers = tiny.lm(kind), (0, 1)
     lm.model.double()
     published = ("value.spread=residual", "subject_token=prompt_last", "context_prefixes.count=0", "retain.weight=0")
     train = ("value.steps=5", "value.lr=0.1", "value.kl=0", "value.stop_loss=0", "value.clamp=0.5", "batch_tokens=1")
-    hp = settings("memit", text, *CHUNKED, *published, *train, f"chunks.preserve={preserve}", layers=layers)
+    hp = settings(method, text, *CHUNKED, *published, *train, f"chunks.preserve={preserve}", layers=layers)
     work, made = Workspace(tmp_path, {}), asked()
     delta = editors.fit(lm, made, hp, work=work)
     found = Values(**(work.get("values") or {}))
@@ -107,8 +111,16 @@ def test_the_flow_is_the_papers_algorithm(text: str, tmp_path: Path, kind: str, 
 
     pieces = list(statistics.windows(lm, documents(text), 32, 800))
     second = {layer: reference.second_moment(lm, layer, pieces) for layer in layers}
+
+    def update(layer: int, others: Tensor, written: Tensor, wanted: Tensor) -> Tensor:
+        if method == "memit":
+            system = reference.preserved(second[layer], 5.0, others, preserve)
+            return reference.memit_update(system, written, wanted)
+        p = reference.null_space_projector(second[layer], 0.9, relative=True)
+        return reference.alphaedit_update(p, written, preserve**0.5 * others, wanted, 0.1)
+
     with torch.no_grad():
-        updates = reference_chunks.memit(lm, layers, cut, literal, second, 5.0, preserve)
+        updates = reference_chunks.write(lm, layers, cut, literal, update)
     for layer, change in updates.items():
         factors = delta.factors[lm.layout.site(layer).name]
         assert relative(factors.left.double() @ factors.right.double(), change) < 1e-3, layer
@@ -243,6 +255,12 @@ def test_the_shipped_settings() -> None:
     assert load_hparams("memit", set=["chunks.preserve=0"]).chunks == Chunks(preserve=0)  # type: ignore[attr-defined]
     published: Any = load_hparams("paper/anyedit", model_type="qwen2")
     assert published.chunks == Chunks(size=50) and published.subject_token == "prompt_last"
+
+
+def test_the_estimate_counts_chunks() -> None:
+    facts = [replace(f, target="so many words " * 40) for f in request().facts]
+    counts = [estimate.columns(load_hparams(name), facts) for name in ("memit", "anyedit", "grace")]
+    assert counts[0] == counts[2] == 3 and counts[1] >= 9
 
 
 def test_the_command(tmp_path: Path) -> None:
