@@ -54,9 +54,10 @@ def split(rows: ForgetRows, hp: Chunks | None) -> tuple[ForgetRows, Parts]:
     turn = tuple(number for pieces in cut for number in range(len(pieces)))
     parts = [piece for pieces in cut for piece in pieces]
     keys = [prompt_alone(row) for part in parts for row in part]
-    bare = [targets[0] for targets in rows.targets] if hp.preserve > 0 else []
-    others = tuple((row, _elsewhere(row, pieces)) for row, pieces in zip(bare, cut, strict=False))
-    return ForgetRows(keys, parts), Parts(owner, turn, others, hp.preserve)
+    others = tuple(
+        (targets[0], _elsewhere(targets[0], pieces)) for targets, pieces in zip(rows.targets, cut, strict=True)
+    )
+    return ForgetRows(keys, parts), Parts(owner, turn, others if hp.preserve > 0 else (), hp.preserve)
 
 
 def _cut(targets: Sequence[Row], size: int) -> list[list[Row]]:
