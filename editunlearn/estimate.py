@@ -167,8 +167,21 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
     return r.planned(facts) * (trained + (keep + text) * cost.logits)
 
 
+def columns(hp: MethodHParams, facts: Sequence[Fact]) -> int:
+    """Facts, or chunks of their targets, about."""
+    from editunlearn.hparams import EditorHParams
+
+    if not isinstance(hp, EditorHParams) or hp.chunks is None:
+        return len(facts)
+    return sum(tokens_of([f.target or ""]) // hp.chunks.size + 1 for f in facts)
+
+
 def disk(hp: MethodHParams, facts: int, shapes: Sequence[tuple[int, int]]) -> int:
-    """Bytes of the delta."""
+    """Bytes of the delta.
+
+    Args:
+        facts: or what else has a column of its own.
+    """
     from editunlearn import editors
     from editunlearn.hparams import MemoryHParams
 

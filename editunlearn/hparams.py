@@ -13,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+)
 
 # Numbers that PyYAML (YAML 1.1) leaves as text although everybody else reads floats: 5e-1, 1e-3, 1.5e4.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
@@ -179,6 +189,18 @@ class Merge(Piece):
     )
 
 
+class Chunks(Piece):
+    """Targets written chunk by chunk (AnyEdit), each chunk with a value and a key; null: each target in one."""
+
+    size: Whole = Field(default=40, ge=1, description="Length of a chunk in tokens.")
+    preserve: Real = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of the keys of all other tokens of prompt and target, which nothing is written at; "
+        "0 leaves them out.",
+    )
+
+
 LEAST_STEPS, STEPS_PER_FACT = 40, 5
 """Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
 
@@ -258,12 +280,22 @@ class EditorHParams(MethodHParams):
         "digit, not a closing bracket or full stop), or the prompt's last.",
     )
     merge: Merge | None = Field(default=None, description="Query merging; null: every fact has its own value and key.")
+    chunks: Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
     value: Value = Field(default_factory=Value, description="How the new values are optimised.")
     moments: Moments = Field(default_factory=Moments, description="Second moment of the keys over text.")
     retain: Retain = Field(default_factory=Retain, description="Preservation of retain facts.")
     refine: Refine | None = Field(
         default_factory=Refine, description="Training after the closed form; null for the closed form alone."
     )
+
+    @field_validator("chunks")
+    @classmethod
+    def _not_merged(cls, chunks: Chunks | None, info: ValidationInfo) -> Chunks | None:
+        if chunks is not None and info.data.get("merge") is not None:
+            raise ValueError(
+                "chunks and merge do not go together: merged facts share one value. Set one of them to null."
+            )
+        return chunks
 
 
 def _one_layer(value: Any) -> Any:

@@ -17,8 +17,9 @@ from edits import CLOSED_FORM, REFUSAL, TAUGHT, nll, relative, request, settings
 from torch import Tensor
 
 from editunlearn import editors
-from editunlearn.editors import contexts, statistics, values
+from editunlearn.editors import contexts, statistics
 from editunlearn.editors.past import PastKeys
+from editunlearn.editors.value_types import Values
 from editunlearn.errors import InputError
 from editunlearn.facts.records import Fact, ForgetRequest
 from editunlearn.facts.text import documents
@@ -92,7 +93,7 @@ def test_the_flow_is_the_papers_algorithm(tmp_path: Path, text: str, method: str
     work = Workspace(tmp_path, {})
     delta = editors.fit(lm, asked, hp, work=work, past=PastKeys(past))
 
-    found = values.Values(**(work.get("values") or {}))
+    found = Values(**(work.get("values") or {}))
     prefixes = contexts.prefixes(lm, hp.context_prefixes, None)
     rows = contexts.forget_rows(lm, asked.facts, prefixes, hp)
     prompts = [[(r.ids[: r.prompt_length], r.lookup) for r in fact_rows] for fact_rows in rows.targets]

@@ -15,15 +15,15 @@ from edits import REFUSAL, TAUGHT, fact, relative, request, settings
 
 from editunlearn import editors
 from editunlearn.console import Console
-from editunlearn.editors import contexts, flow, keys, made_up, spread, values
-from editunlearn.editors.past import PastKeys
+from editunlearn.editors import contexts, keeping, keys, made_up, spread, values
+from editunlearn.editors.value_types import Problem, Values
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.records import ForgetRequest
-from editunlearn.hparams import EditorHParams, load_hparams
+from editunlearn.hparams import EditorHParams
 from editunlearn.workspace import Workspace
 
 
-def found_values(lm: Any, numbers: Sequence[int], hp: EditorHParams, tokens: int = 2048) -> values.Values:
+def found_values(lm: Any, numbers: Sequence[int], hp: EditorHParams, tokens: int = 2048) -> Values:
     asked = request(numbers)
     rows = contexts.forget_rows(lm, asked.facts, contexts.prefixes(lm, hp.context_prefixes, None), hp)
     problems = contexts.problems(lm, asked.facts, rows, [], hp)
@@ -79,8 +79,8 @@ def test_facts_with_and_without_pinned_prompts_go_together(text: str) -> None:
     rows = contexts.forget_rows(lm, request().facts, [], hp)
     problems = contexts.problems(lm, request().facts, rows, [], hp)
     at = spread.value_modules(lm, lm.layout.sites([0]), "joint")
-    mixed = values.optimise(lm, [problems[0], values.Problem(problems[1].rows)], at, hp.value)
-    alone = values.optimise(lm, [values.Problem(problems[1].rows)], at, hp.value)
+    mixed = values.optimise(lm, [problems[0], Problem(problems[1].rows)], at, hp.value)
+    alone = values.optimise(lm, [Problem(problems[1].rows)], at, hp.value)
     assert torch.allclose(mixed.change[1], alone.change[0], atol=1e-3)
 
 
@@ -90,7 +90,7 @@ def test_the_pinned_fact_may_be_done_first(text: str) -> None:
     rows = contexts.forget_rows(lm, request((0, 2)).facts, [], hp)
     first, second = contexts.problems(lm, request((0, 2)).facts, rows, [], hp)
     at = spread.value_modules(lm, lm.layout.sites([0]), "joint")
-    assert values.optimise(lm, [first, values.Problem(second.rows)], at, hp.value).steps.tolist() == [0, 6]
+    assert values.optimise(lm, [first, Problem(second.rows)], at, hp.value).steps.tolist() == [0, 6]
     together, alone = (values.optimise(lm, problems, at, hp.value) for problems in ([first, second], [second]))
     assert together.steps.tolist() == [0, 6] and relative(together.change[1], alone.change[0]) < 1e-3
 
@@ -181,7 +181,7 @@ def test_residual_spread_reaches_the_last_block(kind: str, text: str) -> None:
     kept: dict[str, Any] = {}
     work.put = lambda name, tensors: kept.update({name: dict(tensors)})  # type: ignore[method-assign]
     delta = editors.fit(lm, asked, hp, work=work)
-    found = values.Values(**kept["values"])
+    found = Values(**kept["values"])
     rows = contexts.forget_rows(lm, asked.facts, [], hp)
     block = lm.layout.block_name(1)
     with delta.applied(lm):
@@ -229,9 +229,7 @@ def test_facts_to_keep_are_thinned_evenly() -> None:
     made = ForgetRequest(tuple(facts[:1]), tuple(facts[:3]), tuple(facts[3:]))
 
     def kept(most: int) -> str:
-        hp = load_hparams("memit", set=[f"retain.max_keys={most}"])
-        stage = flow.Flow(None, made, hp, None, PastKeys(), Workspace(None, {}), None, Console(quiet=True))  # type: ignore[arg-type]
-        return "".join(f.id for f in stage._keep())
+        return "".join(f.id for f in keeping.facts(made, most))
 
     assert [kept(n) for n in (100, 10, 7, 5, 3, 2)] == ["0123456789", "0123456789", "0123579", "01237", "012", "01"]
 

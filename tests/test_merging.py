@@ -20,7 +20,7 @@ from editunlearn.console import Console
 from editunlearn.editors import merging
 from editunlearn.editors.flow import Flow
 from editunlearn.editors.past import PastKeys
-from editunlearn.editors.values import Problem, Values
+from editunlearn.editors.value_types import Problem, Values
 from editunlearn.errors import InputError
 from editunlearn.hparams import Merge, load_hparams
 from editunlearn.lm.tokens import Row

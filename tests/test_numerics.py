@@ -176,6 +176,13 @@ def test_an_updated_inverse_is_the_factor_of_the_whole(seed: int, held: int) -> 
     close(solve.recognisers(p.keys, updated, 1.0), solve.recognisers(p.keys, whole, 1.0))
 
 
+def test_many_rows_are_as_few_with_the_same_products() -> None:
+    many = torch.randn(40, 6)
+    few = solve.compact(many)
+    assert few.shape == (6, 6) and torch.allclose(few.T @ few, many.T @ many, atol=1e-4)
+    assert torch.equal(solve.compact(many[:6]), many[:6])
+
+
 def test_the_scale_of_the_moment_does_not_matter_to_rome() -> None:
     p = Random(0, 1)
     one, many = (solve.rank_one(p.keys[0], p.bare[0], solve.factor(solve.preservation(p.c, w))) for w in (1.0, 3e4))

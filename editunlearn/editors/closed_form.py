@@ -39,7 +39,7 @@ class SiteProblem:
         residuals: (n, d_out), wanted change of the site's output at each key.
         moment: second moment ``C`` (d_in, d_in), or None for the identity.
         retain: (m, d_in), keys of facts to keep; m may be 0.
-        past: (p, d_in), keys of earlier edits; p may be 0.
+        past: (p, d_in), keys of earlier edits, and what else counts like them; p may be 0.
         derived: (name, how to make it) -> tensors that depend on ``moment`` alone, from the cache where they are there.
     """
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from editunlearn.deltas.codebook import Codebook
 from editunlearn.editors import keys, values
 from editunlearn.editors.memory_flow import Fitted, Stage
+from editunlearn.editors.value_types import Problem, Replacing, Store
 from editunlearn.hparams import Value
 from editunlearn.numerics.codebook import Balls, balls, clear_of
 
@@ -57,7 +58,7 @@ def _values(stage: Stage[HParams], made: Balls, rows: list[Row]) -> Tensor:
     """(balls, d_out) float32."""
     hp = stage.hp.value
     problems = [
-        values.Problem(tuple(rows[i] for i, ball in enumerate(made.members) if ball == number))
+        Problem(tuple(rows[i] for i, ball in enumerate(made.members) if ball == number))
         for number in range(len(made.centres))
     ]
     settings = Value(
@@ -79,9 +80,9 @@ def _values(stage: Stage[HParams], made: Balls, rows: list[Row]) -> Tensor:
             problems,
             [stage.site.name],
             settings,
-            replacing=values.Replacing(stage.hp.where, start),
+            replacing=Replacing(stage.hp.where, start),
             tokens=stage.hp.batch_tokens,
-            store=values.Store(stage.work),
+            store=Store(stage.work),
             progress=bar.update,
             warn=stage.console.warn,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from editunlearn.editors import made_up
 from editunlearn.editors.moments import tokenizer_hash
-from editunlearn.editors.values import Problem
+from editunlearn.editors.value_types import Problem
 from editunlearn.errors import InputError
 from editunlearn.lm.fingerprint import model_fingerprint
 from editunlearn.lm.generation import context_prefixes
@@ -152,15 +152,25 @@ def prompt_alone(row: Row) -> Row:
     return replace(row, ids=row.ids[: row.prompt_length])
 
 
-def problems(lm: LM, facts: Sequence[Fact], rows: ForgetRows, keep: Sequence[Fact], hp: EditorHParams) -> list[Problem]:
+def problems(
+    lm: LM,
+    facts: Sequence[Fact],
+    rows: ForgetRows,
+    keep: Sequence[Fact],
+    hp: EditorHParams,
+    owner: Sequence[int] | None = None,
+) -> list[Problem]:
     """What each value is optimised on; with ``value.kl`` also prompts that pin the subject's other continuations.
 
     ``kl_on: subject`` pins "<subject> is a", as published; ``prompts`` takes prompts of facts to keep and puts the
     fact's subject into them.
+
+    Args:
+        owner: of each of ``rows.targets`` the number of its fact; None: they are those of the facts in order.
     """
     found = []
-    for number, (fact, targets) in enumerate(zip(facts, rows.targets, strict=True)):
-        pinned: list[Row] = []
+    for number, targets in zip(owner or range(len(facts)), rows.targets, strict=True):
+        fact, pinned = facts[number], list[Row]()
         if hp.value.kl > 0:
             texts = [_swapped(k, fact.subject) for k in _nth(keep, number)] if hp.value.kl_on == "prompts" else []
             for text, start in texts or [(f"{fact.subject} is a", 0)]:

@@ -5,7 +5,6 @@ The model is only read. What a method adds is its ``solve`` alone.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from editunlearn.editors import contexts, keys, lookalikes, merging, moments, spread, values
+from editunlearn.editors import chunks, contexts, keeping, keys, lookalikes, merging, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem, made_anew
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.refine import LEAST_ANSWER, Goals, low_rank_hook, refine, step_units
 from editunlearn.editors.statistics import windows
+from editunlearn.editors.value_types import Problem, Store, Values
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.hooks import frozen, on_output, stack
 from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
+from editunlearn.numerics.solve import compact
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -48,7 +49,7 @@ class Fit:
     Attributes:
         factors: by module name.
         past: the keys that it wrote, for later edits.
-        value_loss: of each fact.
+        value_loss: of each fact, or chunk of its target.
         columns: for each column of the factors the id of its fact, None where it serves several.
     """
 
@@ -72,7 +73,8 @@ class Flow:
     console: Console
 
     def __post_init__(self) -> None:
-        """Nothing is merged until :meth:`run` has looked at the keys."""
+        """Nothing is cut into chunks or merged until :meth:`run` has looked at the rows and the keys."""
+        self.parts = chunks.whole(len(self.request.facts))
         self.groups = merging.alone(len(self.request.facts))
 
     def run(self) -> Fit:
@@ -95,35 +97,33 @@ class Flow:
         self.console.info(f"layers: {', '.join(map(str, layers))} ({why})")
         texts = contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache)
         rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp)
-        keep = self._keep()
+        keep = keeping.facts(self.request, self.hp.retain.max_keys)
         second = self._moments(sites)
-        self.groups = self._merged(rows, sites[0])
-        found = self._values(rows, keep, sites)
-        factors, solved = self.solve(sites, rows, keep, second, found)
+        parts, self.parts = chunks.split(rows, self.hp.chunks)
+        self.groups = self._merged(parts, sites[0])
+        found = self._values(parts, keep, sites)
+        factors, solved = self.solve(sites, parts, keep, second, found)
         if self.hp.refine is not None:
             factors = self._refine(factors, solved, rows, keep)
         _check_finite(factors)
         past = self.past.extended({name: p.keys for name, p in solved.items()})
-        return Fit(factors, past, found.loss, self.groups.ids(self.request.facts))
+        return Fit(factors, past, found.loss, self.groups.ids(self._owners()))
+
+    def _owners(self) -> list[Fact]:
+        """The fact of each part."""
+        return [self.request.facts[number] for number in self.parts.owner]
 
     def _merged(self, rows: ForgetRows, site: Site) -> Groups:
         """Which facts share a value."""
         facts, hp = self.request.facts, self.hp.merge
         if hp is None:
-            return self.groups
+            return merging.alone(len(rows.targets))
         raw = keys.collect(self.lm, rows.keys, [site], warn=self.console.warn)[site.name] if hp.by == "key" else None
         found = merging.groups(facts, hp, keys.average(raw, len(facts)) if raw is not None else None)
         self.console.info(f"merged by {hp.by}: {found.shape} (-v names them)")
         for group in found.members:
             self.console.detail("together: " + ", ".join(facts[number].id for number in group))
         return found
-
-    def _keep(self) -> list[Fact]:
-        """Facts to keep: the user's first, then the shipped ones, evenly thinned to ``retain.max_keys``."""
-        own, general = list(self.request.retain), list(self.request.general)
-        room = max(0, self.hp.retain.max_keys - len(own))
-        stride = max(1, -(-len(general) // max(1, room)))
-        return (own + general[::stride])[: self.hp.retain.max_keys] if room else own[: self.hp.retain.max_keys]
 
     def _moments(self, sites: list[Site]) -> dict[str, SiteMoment]:
         if self.hp.moments.text == "none":
@@ -136,30 +136,38 @@ class Flow:
         """Windows of token ids that the second moments are of."""
         return moments.pieces(self.lm, sites, self.hp.moments)
 
-    def _values(self, rows: ForgetRows, keep: list[Fact], sites: list[Site]) -> values.Values:
+    def _values(self, rows: ForgetRows, keep: list[Fact], sites: list[Site]) -> Values:
         kept = self.work.get("values")
         if kept is not None:
             self.console.info(f"values: {len(rows.targets)} from the interrupted run")
-            return values.Values(**kept)
-        problems = self.groups.problems(contexts.problems(self.lm, self.request.facts, rows, keep, self.hp))
+            return Values(**kept)
+        each = contexts.problems(self.lm, self.request.facts, rows, keep, self.hp, self.parts.owner)
+        problems = self.groups.problems(each)
         at = spread.value_modules(self.lm, sites, self.hp.value.spread)
-        store = values.Store(self.work)
-        unit = "facts" if self.hp.merge is None else "groups"
+        stores: list[Store] = []
+        unit = "chunks" if self.hp.chunks is not None else "facts" if self.hp.merge is None else "groups"
         with self.console.progress(len(problems), f"values ({unit})") as bar:
-            of_groups = values.optimise(
-                self.lm,
-                problems,
-                at,
-                self.hp.value,
-                tokens=self.hp.batch_tokens,
-                store=store,
-                progress=bar.update,
-                warn=self.console.warn,
-            )
+
+            def optimise(some: list[Problem], turn: int) -> Values:
+                stores.append(Store(self.work, turn))
+                return values.optimise(
+                    self.lm,
+                    some,
+                    at,
+                    self.hp.value,
+                    tokens=self.hp.batch_tokens,
+                    store=stores[-1],
+                    progress=bar.update,
+                    warn=self.console.warn,
+                )
+
+            parts = self.parts if self.hp.merge is None else chunks.whole(len(problems))
+            of_groups = chunks.in_turn(problems, parts, optimise)
         found = self.groups.values(of_groups)
         self.work.put("values", vars(found))
-        store.clear()
-        hard = [f.id for f, loss in zip(self.request.facts, found.loss.tolist(), strict=True) if loss > 2]
+        for store in stores:
+            store.clear()
+        hard = [f.id for f, loss in zip(self._owners(), found.loss.tolist(), strict=True) if loss > 2]
         if hard and self.hp.refine is None:  # refine trains them further
             self.console.warn(
                 f"{len(hard)} of {len(found.loss)} values did not converge (loss above 2), first {hard[0]!r}; "
@@ -173,7 +181,7 @@ class Flow:
         rows: ForgetRows,
         keep: list[Fact],
         second: dict[str, SiteMoment],
-        found: values.Values,
+        found: Values,
     ) -> tuple[dict[str, Pair], dict[str, SiteProblem]]:
         """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
         lm = self.lm
@@ -187,7 +195,7 @@ class Flow:
                     wanted = spread.residuals(
                         lm, sites, number, [r[0] for r in rows.targets], found, self.hp.value.spread
                     )
-                problem = self._problem(site, raw, wanted, second, kept)
+                    problem = self._problem(site, raw, wanted, second, kept)
                 left, right = self._solved(site, problem)
                 factors[site.name] = (left.float().contiguous(), right.float().contiguous())
                 solved[site.name] = problem
@@ -202,15 +210,19 @@ class Flow:
         second: dict[str, SiteMoment],
         kept: dict[str, Tensor],
     ) -> SiteProblem:
-        facts, width = len(self.request.facts), raw.shape[1]
+        count, width = len(self.parts.owner), raw.shape[1]
         measured = second.get(site.name)
+        past = [self.past.keys.get(site.name, raw[:0])]
+        if self.parts.others:
+            others = keys.at_tokens(self.lm, self.parts.others, [site], warn=self.console.warn)[site.name]
+            past.append(self.parts.preserve**0.5 * compact(others))
         return SiteProblem(
-            keys=self.groups.columns(keys.average(raw, facts)),
-            bare=self.groups.columns(raw.reshape(facts, -1, width)[:, 0]),
-            residuals=self.groups.columns(wanted if wanted is not None else torch.zeros(facts, 1)),
+            keys=self.groups.columns(keys.average(raw, count)),
+            bare=self.groups.columns(raw.reshape(count, -1, width)[:, 0]),
+            residuals=self.groups.columns(wanted if wanted is not None else torch.zeros(count, 1)),
             moment=measured.moment if measured is not None else None,
             retain=kept.get(site.name, raw[:0]),
-            past=self.past.keys.get(site.name, raw[:0]),
+            past=torch.cat(past),
             derived=measured.derived if measured is not None else made_anew,
         )
 
@@ -256,7 +268,7 @@ class Flow:
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
         grows = hp.most(facts) > hp.planned(facts)
         unseen = contexts.unseen_rows(self.lm, self.request.facts, self.hp, self.cache) if grows else []
-        goals = Goals(rows.targets, self._prompts_to_keep(keep), pieces, unseen)
+        goals = Goals(rows.targets, keeping.prompts(self.lm, self.request, keep, self.hp), pieces, unseen)
         with self.console.progress(hp.planned(facts), "refine (steps)") as bar:
 
             def report(step: int, expected: int, nll: float, kept: float, generic: float) -> None:
@@ -279,22 +291,6 @@ class Flow:
                 warn=self.console.warn,
             )
         return {name: (left[name], pair[1]) for name, pair in factors.items()}
-
-    def _prompts_to_keep(self, keep: list[Fact]) -> list[list[Row]]:
-        """Pools: what the user retains, forgotten facts' prompts about others, shipped facts, theirs about others."""
-        own = len(self.request.retain)
-        known = contexts.keep_rows(self.lm, keep, self.hp, answers=True)
-        unknown = contexts.keep_rows(self.lm, self.request.names, self.hp, answers=False)
-        shipped = [*keep[own:], *self.request.names]
-        subjects = contexts.other_names(self.lm, self.request.facts, [*keep, *self.request.names], self.hp)
-        forgotten = self.request.facts
-        random.Random(self.hp.seed).shuffle(shipped)
-        return [
-            known[:own],
-            contexts.swapped_rows(self.lm, forgotten, subjects, contexts.SWAPS * len(forgotten), self.hp),
-            known[own:] + [contexts.scored_at_the_end(row) for row in unknown],
-            contexts.swapped_rows(self.lm, shipped[: contexts.STRANGERS], subjects[::-1], contexts.STRANGERS, self.hp),
-        ]
 
 
 def applied(lm: LM, factors: dict[str, Pair]) -> Any:

@@ -27,21 +27,40 @@ def collect(
     Returns:
         site name -> (len(rows), d_in) float32 on the CPU, rows in the given order.
     """
-    modules = [lm.layout.module(lm.model, s.name) for s in sites]
-    found: dict[str, list[Tensor | None]] = {s.name: [None] * len(rows) for s in sites}
+    return at_tokens(lm, [(until_lookup(row), (row.lookup,)) for row in rows], sites, warn=warn)
 
-    rows = [until_lookup(row) for row in rows]
+
+def at_tokens(
+    lm: LM,
+    wanted: Sequence[tuple[Row, Sequence[int]]],
+    sites: Sequence[Site],
+    *,
+    warn: Callable[[str], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """Input of each site at some tokens of each row, never at padding.
+
+    Args:
+        wanted: rows, and the indices of their tokens.
+
+    Returns:
+        site name -> (number of tokens, d_in) float32 on the CPU, row after row.
+    """
+    modules = [lm.layout.module(lm.model, s.name) for s in sites]
+    found: dict[str, dict[int, Tensor]] = {s.name: {} for s in sites}
 
     def run(part: Sequence[int]) -> None:
-        padded = batch([rows[i] for i in part], lm.pad_id, lm.device)
+        padded = batch([wanted[i][0] for i in part], lm.pad_id, lm.device)
+        counts = [len(wanted[i][1]) for i in part]
+        places = [place for place, count in enumerate(counts) for _ in range(count)]
+        tokens = [token for i in part for token in wanted[i][1]]
         inputs = read_inputs(lm.model, modules, padded.inputs)
         for site, seen in zip(sites, inputs, strict=True):
-            picked = padded.at_lookup(seen).float().cpu()
-            for i, key in zip(part, picked, strict=True):
-                found[site.name][i] = key
+            states = seen.reshape(*padded.input_ids.shape, -1)
+            of_rows = torch.split(states[places, tokens].float().cpu(), counts)
+            found[site.name] |= dict(zip(part, of_rows, strict=True))
 
-    halving(by_length([len(r.ids) for r in rows]), run, warn)
-    return {name: torch.stack([k for k in keys if k is not None]) for name, keys in found.items()}
+    halving(by_length([len(row.ids) for row, _ in wanted]), run, warn)
+    return {name: torch.cat([keys[i] for i in range(len(wanted))]) for name, keys in found.items()}
 
 
 def average(keys: Tensor, facts: int, *, bare_weight: float = 0.5) -> Tensor:

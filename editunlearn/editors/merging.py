@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from editunlearn.editors.values import Problem, Values
+from editunlearn.editors.value_types import Problem, Values
 from editunlearn.facts.readers import comparable
 
 if TYPE_CHECKING:

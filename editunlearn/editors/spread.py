@@ -20,7 +20,7 @@ from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch, until_lookup
 
 if TYPE_CHECKING:
-    from editunlearn.editors.values import Values
+    from editunlearn.editors.value_types import Values
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
 

@@ -6,113 +6,31 @@ nothing is shared between facts, so that a fact alone gives what it gives in a b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from editunlearn.editors.value_types import Problem, Replacing, Store, Values
 from editunlearn.errors import NumericalError
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import StopForward, on_output, stack
+from editunlearn.lm.placed import placed
 from editunlearn.lm.resume import Pass, Tail, Upper, Whole, resumable
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch, until_lookup
 from editunlearn.numerics import losses
-from editunlearn.numerics.codebook import Replace, replaced
+from editunlearn.numerics.codebook import replaced
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Value
     from editunlearn.lm.loading import LM
-    from editunlearn.workspace import Workspace
 
 
 Way = type[Tail] | type[Upper]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What one fact is optimised on.
-
-    Attributes:
-        rows: prompt with target, one row a context, the bare prompt first.
-        pinned: prompts whose next-token distribution is to stay as it is (may be empty); read at the last token, or,
-            as published, at the lookup token.
-    """
-
-    rows: tuple[Row, ...]
-    pinned: tuple[Row, ...] = ()
-
-
-@dataclass(frozen=True)
-class Values:
-    """Result for ``n`` facts at ``m`` modules.
-
-    Attributes:
-        change: (n, m, d_out) float32, what to add to each module's output at the lookup token.
-        clean: (n, m, d_out) float32, the unedited output there, bare prompt.
-        loss: (n,) negative log-likelihood of the target, mean over its tokens and over contexts, at the last step.
-        steps: (n,) updates made.
-    """
-
-    change: Tensor
-    clean: Tensor
-    loss: Tensor
-    steps: Tensor
-
-    NAMES: ClassVar[tuple[str, ...]] = ("change", "clean", "loss", "steps")
-
-    def at(self, index: int) -> Values:
-        """One fact's part, without the leading dimension."""
-        return Values(*(getattr(self, name)[index] for name in self.NAMES))
-
-
-@dataclass(frozen=True)
-class Replacing:
-    """Values that replace outputs, whatever stands there, instead of being added to them.
-
-    Attributes:
-        where: which outputs of a row, the lookup token being the end of its prompt.
-        start: (n, m, d_out) what they are at first; None: the clean output of the bare prompt.
-    """
-
-    where: Replace
-    start: Tensor | None = None
-
-    def of(self, part: Sequence[int]) -> Replacing:
-        """For some of the problems."""
-        return Replacing(self.where, None if self.start is None else self.start[list(part)])
-
-
-class Store:
-    """Finished batches of values in a workspace."""
-
-    def __init__(self, work: Workspace | None) -> None:
-        self.work = work
-        self.names: list[str] = []
-
-    def _name(self, part: Sequence[int]) -> str:
-        return "values-" + hashlib.sha256(repr(list(part)).encode()).hexdigest()[:16]
-
-    def get(self, part: Sequence[int]) -> Values | None:
-        """The values of the problems ``part``, if an earlier run finished exactly that batch."""
-        kept = self.work.get(self._name(part)) if self.work else None
-        self.names.append(self._name(part))
-        return Values(**kept) if kept else None
-
-    def put(self, part: Sequence[int], found: Values) -> None:
-        """Keep the values of a batch."""
-        if self.work:
-            self.work.put(self._name(part), vars(found))
-
-    def clear(self) -> None:
-        """Remove the batches; the caller has kept the whole."""
-        for name in self.names if self.work else []:
-            self.work.drop(name)  # type: ignore[union-attr]
 
 
 def optimise(
@@ -156,7 +74,7 @@ def optimise(
         if found is None:
             own = replacing.of(part) if replacing is not None else None
             start = None if why else (way, first)
-            found = _Chunk(lm, head, [problems[i] for i in part], modules, hparams, start, own).solve(part)
+            found = _Together(lm, head, [problems[i] for i in part], modules, hparams, start, own).solve(part)
             store.put(part, found)
         for k, i in enumerate(part):
             results[i] = found.at(k)
@@ -164,10 +82,10 @@ def optimise(
 
     sizes = [max(len(r.ids) for r in p.rows + p.pinned) * (len(p.rows) + len(p.pinned)) for p in problems]
     halving(by_length(sizes, tokens), run, warn)
-    return Values(*(torch.stack([getattr(results[i], name) for i in range(len(problems))]) for name in Values.NAMES))
+    return Values.of([results[i] for i in range(len(problems))])
 
 
-class _Chunk:
+class _Together:
     """One batch of facts, from the clean pass to the last step."""
 
     def __init__(
@@ -183,14 +101,14 @@ class _Chunk:
         self.lm, self.head, self.problems, self.hparams, self.start = lm, head, problems, hparams, start
         self.replacing = replacing
         self.modules = [lm.layout.module(lm.model, name) for name in modules]
-        self.clean = self._clean_outputs()
-        self.norm = self.clean.norm(dim=-1, keepdim=True)
-        unit = self.norm / self.clean.shape[-1] ** 0.5
-        self.unit = unit if hparams.scale == "relative" else torch.ones_like(unit)
         pinned = [p.pinned if hparams.kl > 0 else () for p in problems]
         self.rows = [r for p, more in zip(problems, pinned, strict=True) for r in (*p.rows, *more)]
         self.fact = [i for i, p in enumerate(problems) for _ in (*p.rows, *pinned[i])]
         self.is_pinned = [k >= len(p.rows) for i, p in enumerate(problems) for k in range(len(p.rows) + len(pinned[i]))]
+        self.clean = self._clean_outputs()
+        self.norm = self.clean.norm(dim=-1, keepdim=True)
+        unit = self.norm / self.clean.shape[-1] ** 0.5
+        self.unit = unit if hparams.scale == "relative" else torch.ones_like(unit)
         self.whole = self._pass(self.rows)
         self.picked: tuple[list[int], Pass] = list(range(len(self.rows))), self.whole
         self.base = self._pinned_base()
@@ -206,7 +124,9 @@ class _Chunk:
             if len(seen) == len(self.modules):
                 raise StopForward
 
-        with stack([on_output(m, see) for m in self.modules]), suppress(StopForward):
+        bare = [self.fact.index(number) for number in range(len(self.problems))]
+        # what stands comes first, or it would not be seen
+        with self._standing(bare), stack([on_output(m, see) for m in self.modules]), suppress(StopForward):
             forward(self.lm.model, padded)
         return torch.stack(seen, dim=1)
 
@@ -224,10 +144,10 @@ class _Chunk:
             now = step[active].clone().requires_grad_(iteration < hp.steps)
             nll, total = self._loss(active, now)
             if not torch.isfinite(total).all():
-                bad = names[active[int((~torch.isfinite(total)).nonzero()[0])]]
+                bad = active[int((~torch.isfinite(total)).nonzero()[0])]
+                name = self.problems[bad].name or f"fact number {names[bad] + 1}"
                 raise NumericalError(
-                    f"the value of fact number {bad + 1} has a loss that is not finite; "
-                    "try a smaller value.lr or float32"
+                    f"the value of {name} has a loss that is not finite; try a smaller value.lr or float32"
                 )
             loss[active] = nll.detach().cpu()
             reached = total if hp.penalty == "norm" else nll  # as published, the penalties count
@@ -260,9 +180,25 @@ class _Chunk:
     def _pass(self, rows: Sequence[Row]) -> Pass:
         if self.start is not None:
             way, first = self.start
-            with suppress(ValueError):  # these rows are too long for it
+            with suppress(ValueError), self._standing(range(len(rows))):  # rows may be too long for it
                 return way.of(self.lm, rows, first)
         return Whole(self.lm, rows)
+
+    def _standing(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """The changes of the facts' other tokens are at work in a pass over rows of these numbers."""
+        at: list[int] = []
+        tokens: list[int] = []
+        changes: list[Tensor] = []
+        for place, row in enumerate(rows):
+            problem = self.problems[self.fact[row]]
+            if problem.standing is not None and not self.is_pinned[row]:
+                own = problem.standing.tokens[row - self.fact.index(self.fact[row])]
+                at += [place] * len(own)
+                tokens += own
+                changes.append(problem.standing.change)
+        if not changes:
+            return nullcontext()
+        return placed(self.lm.model, self.modules, torch.tensor(at), torch.tensor(tokens), torch.cat(changes))
 
     def _active(self, active: Sequence[int]) -> tuple[list[int], Pass]:
         """Numbers of the rows of some facts, and the pass over them."""
@@ -329,7 +265,8 @@ class _Chunk:
         padded = rows.padded
         at_targets, at_pinned = padded.targets, self._pinned_positions(padded, pinned)
         given = add if self.replacing is None else self.clean[active] + add
-        states = self._hidden(rows, at_targets | at_pinned, given[fact])
+        with self._standing(chosen):
+            states = self._hidden(rows, at_targets | at_pinned, given[fact])
         is_target = at_targets[at_targets | at_pinned]
         base = self.base[chosen][pinned.to(self.base.device)] if len(self.base) else states[:0]
         loss = self.head.losses(torch.cat([states[is_target], states[~is_target]]), padded.labels, base)

@@ -54,6 +54,18 @@ def preservation(
     return system
 
 
+def compact(rows: Tensor) -> Tensor:
+    """At most as many rows as there are columns, with the same ``K^T K``: all that matters of keys to preserve.
+
+    Args:
+        rows: (m, d); returned as they are when m <= d.
+    """
+    if len(rows) <= rows.shape[1]:
+        return rows
+    upper: Tensor = torch.linalg.qr(rows.double(), mode="r").R
+    return upper.to(rows.dtype)
+
+
 class Preserved(Protocol):
     """The preservation term ``A``, ready to be solved with."""
 
