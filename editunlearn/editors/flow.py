@@ -6,6 +6,7 @@ The model is only read. What a method adds is its ``solve`` alone.
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from editunlearn.console import Console
     from editunlearn.editors.contexts import ForgetRows
+    from editunlearn.editors.earlier import Earlier
     from editunlearn.editors.merging import Groups
     from editunlearn.editors.moments import SiteMoment
     from editunlearn.facts.records import Fact, ForgetRequest
@@ -70,6 +72,7 @@ class Flow:
     work: Workspace
     cache: Path | None
     console: Console
+    earlier: Earlier | None = None
 
     def __post_init__(self) -> None:
         """Nothing is merged until :meth:`run` has looked at the keys."""
@@ -96,7 +99,12 @@ class Flow:
         texts = contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache)
         rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp)
         keep = self._keep()
-        second = self._moments(sites)
+        second = self._moments(sites)  # of the model as it came, so that many small edits cost one measurement
+        with self.earlier.active(self.lm) if self.earlier is not None else nullcontext():
+            return self._edit(sites, rows, keep, second)
+
+    def _edit(self, sites: list[Site], rows: ForgetRows, keep: list[Fact], second: dict[str, SiteMoment]) -> Fit:
+        """All that depends on what the model says now."""
         self.groups = self._merged(rows, sites[0])
         found = self._values(rows, keep, sites)
         factors, solved = self.solve(sites, rows, keep, second, found)
@@ -281,8 +289,10 @@ class Flow:
         return {name: (left[name], pair[1]) for name, pair in factors.items()}
 
     def _prompts_to_keep(self, keep: list[Fact]) -> list[list[Row]]:
-        """Pools: what the user retains, forgotten facts' prompts about others, shipped facts, theirs about others."""
+        """Pools: what the user retains and earlier edits wrote, forgotten facts' prompts about others, shipped facts,
+        theirs about others."""
         own = len(self.request.retain)
+        written = contexts.earlier_rows(self.lm, self.request.earlier, self.hp, targets=True)
         known = contexts.keep_rows(self.lm, keep, self.hp, answers=True)
         unknown = contexts.keep_rows(self.lm, self.request.names, self.hp, answers=False)
         shipped = [*keep[own:], *self.request.names]
@@ -290,7 +300,7 @@ class Flow:
         forgotten = self.request.facts
         random.Random(self.hp.seed).shuffle(shipped)
         return [
-            known[:own],
+            [*known[:own], *written],
             contexts.swapped_rows(self.lm, forgotten, subjects, contexts.SWAPS * len(forgotten), self.hp),
             known[own:] + [contexts.scored_at_the_end(row) for row in unknown],
             contexts.swapped_rows(self.lm, shipped[: contexts.STRANGERS], subjects[::-1], contexts.STRANGERS, self.hp),
