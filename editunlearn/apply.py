@@ -161,16 +161,16 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if past is not None and config is not None:
         checks.run(lambda: _check_past(past, config, args.past))
     out = args.out or Path("runs") / (hp.method if hp else "edit")
+    divided = None
     earlier = checks.run(lambda: Earlier.load(args.earlier)) if args.earlier else None
     if earlier is not None:
         checks.run(lambda: _check_earlier(args, earlier, out))
-        if filled:
-            checks.run(lambda: earlier.divide(filled))
+        divided = checks.run(lambda: earlier.divide(filled)) if filled else None
         if hp is not None and config is not None:
             checks.run(lambda: earlier.check_method(hp, [s.name for s in target(config, hp).sites]))
     checks.run(lambda: check_writable(out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
-    if hp is not None and filled and not args.force:
+    if hp is not None and filled and not args.force and (divided or not args.earlier):
         checks.run(lambda: check_out(out, args, hp, filled, retain, past, earlier))
     checks.finish()
     assert hp is not None  # noqa: S101 - finish() raised otherwise

@@ -122,12 +122,12 @@ def forget(
 
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
+    filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
     again: list[Fact] = []
     if earlier is not None:
-        facts, again = earlier.divide(facts)
-        again = with_targets(lm, again, targets, seed=hp.seed, retain=retain, cache=cache, console=console)
+        facts = earlier.divide(facts)[0]
+        filled, again = earlier.divide(filled)
         again = earlier.known(again)
-    filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
     asked = [*filled, *again]
     prompts = {comparable(f.prompt) for f in asked}
     retain = [f for f in retain if comparable(f.prompt) not in prompts]

@@ -139,10 +139,16 @@ def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
     from editunlearn.hparams import describe as settings
 
     facts = args.facts or "the demo facts"
+    going_on = []
+    if made.earlier is not None:
+        again = len(made.earlier.divide(made.facts)[1])
+        there = made.earlier.delta.manifest
+        going_on = [f"going on from {made.earlier.where}: {there.fact_count} facts, {again} of those given among them"]
     console.header(
         [
             f"editunlearn {__version__}: {made.hp.method} on {args.model}",
             f"facts: {len(made.facts)} to forget ({facts}), {len(made.retain)} to keep; targets: {made.targets}",
+            *going_on,
             f"hparams: {args.hparams}; paper: {made.hp.paper or 'none'}; out: {made.out}",
         ]
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.facts.targets import DEFAULT_TARGETS
-from editunlearn.pipeline import forget
+from editunlearn.pipeline import WORK, forget
 
 if TYPE_CHECKING:
     from editunlearn.deltas.kinds import Delta
@@ -33,6 +34,7 @@ class EditSession:
 
     def __init__(self, lm: LM, hp: MethodHParams, *, earlier: Earlier | None = None) -> None:
         self.lm, self.hp, self.earlier = lm, hp, earlier
+        self._unfinished: set[Path] = set()
 
     @property
     def delta(self) -> Delta | None:
@@ -54,7 +56,7 @@ class EditSession:
 
         Args:
             facts: those that the session already holds are measured and not edited again.
-            work: folder for finished stages, so that the same call goes on after a kill.
+            work: folder for finished stages, so that the same call goes on after a kill; :meth:`save` empties it.
             retain, targets, cache, evaluate, store_facts: as for :func:`editunlearn.pipeline.forget`.
 
         Raises:
@@ -78,6 +80,8 @@ class EditSession:
             save_delta=False,
         )
         self.earlier = Earlier(made.delta, made.past)
+        if work is not None:
+            self._unfinished.add(work / WORK)
         return made
 
     def remove(self, ids: Iterable[str]) -> None:
@@ -107,6 +111,9 @@ class EditSession:
         if self.earlier is None:
             raise InputError(f"{folder}: the session has no edits yet; nothing to save. Call forget first.")
         self.earlier.save(folder)
+        for stages in self._unfinished:
+            shutil.rmtree(stages, ignore_errors=True)
+        self._unfinished.clear()
 
     @classmethod
     def load(cls, folder: str | Path, lm: LM, hp: MethodHParams | None = None) -> EditSession:

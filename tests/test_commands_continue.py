@@ -121,6 +121,19 @@ def test_what_is_no_earlier_run_is_refused_before_any_work(
     assert (first / "delta.json").read_bytes() == before
 
 
+def test_another_method_at_the_same_layers(world: World, first: Path, tmp_path: Path) -> None:
+    flags = world.flags(tmp_path / "run", "--continue", str(first), "--evaluate", "none", "--store-facts")
+    flags[1] = "alphaedit"
+    called = call("apply", *flags)
+    assert called.code == 0 and "going on from" in called.err and "1 of those given among them" in called.err
+    manifest = json.loads((tmp_path / "run" / "delta.json").read_text())
+    assert manifest["method"] == "memit+alphaedit"
+    assert [part["method"] for part in manifest["hparams"]["parts"]] == ["memit", "alphaedit"]
+    assert [part["text"][0]["id"] for part in manifest["facts"]] == ["darrieux", "france"]
+    assert call("apply", *flags).code == 0
+    assert f"--continue {first.name}" in (tmp_path / "run" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("method", MEMORY)
 def test_memories(world: World, method: str, tmp_path: Path) -> None:
     called = call("apply", *memory_flags(world, method, tmp_path / "a", *facts(world, "france"), "--evaluate", "none"))

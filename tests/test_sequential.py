@@ -111,6 +111,18 @@ def test_four_requests_on_a_model_are_nearly_one(
         torch.testing.assert_close(keys, whole.past.keys[name], atol=1e-5, rtol=1e-4)
 
 
+def test_refine_leaves_what_earlier_edits_wrote(taught: Any, text: str) -> None:
+    more = ("refine.steps=15", "refine.kl=80", "refine.text_kl=60", "refine.lr=0.05", "value.steps=25")
+    hp = settings("memit", text, *more, layers=(0,))
+    keep = (fact(4, None), fact(5, None))
+    first = Earlier(*editors.run(taught, ForgetRequest((told(0), told(1)), keep), hp))
+    asked = ForgetRequest((told(2), told(3)), keep, earlier=(told(0), told(1)))
+    both = losses(taught, editors.run(taught, asked, hp, earlier=first)[0])
+    whole = losses(taught, one_after_another(taught, hp, [[0, 1, 2, 3]]).delta)
+    assert float((both / losses(taught, first.delta))[:2].max()) < 1.2
+    assert float((both / whole).max()) < 1.2
+
+
 def test_any_fact_can_be_taken_out_after_later_edits(taught: Any, four: Earlier) -> None:
     assert isinstance(four.delta, LowRankDelta) and [p.count for p in four.delta.manifest.facts] == [1] * 4
     less = four.delta.without(["f0"])

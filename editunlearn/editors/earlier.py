@@ -14,6 +14,7 @@ from editunlearn.deltas.kinds import Delta
 from editunlearn.deltas.lowrank import LowRankDelta
 from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, StaleError, UnsupportedError
+from editunlearn.facts.readers import comparable
 from editunlearn.facts.records import Fact
 
 if TYPE_CHECKING:
@@ -118,8 +119,9 @@ class Earlier:
 
     def known(self, again: Sequence[Fact]) -> list[Fact]:
         """The facts held here whose text is known: ``again`` and those that the manifest keeps."""
-        stored = [fact for fact in self.delta.manifest.stored_facts() if fact.id not in {f.id for f in again}]
-        return [*again, *stored]
+        prompts = {comparable(fact.prompt) for fact in again}
+        stored = self.delta.manifest.stored_facts()
+        return [*again, *(fact for fact in stored if comparable(fact.prompt) not in prompts)]
 
     def check_method(self, hp: MethodHParams, sites: Iterable[str]) -> None:
         """The next edit can be one delta with these.
