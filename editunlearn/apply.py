@@ -38,6 +38,7 @@ EXAMPLES = """\
   editunlearn apply --hparams memit                                     the demo model and the demo facts
   editunlearn apply --hparams memit --model Qwen/Qwen3-0.6B --facts mine.jsonl --retain keep.jsonl --save merged
   editunlearn apply --hparams alphaedit --facts mine.csv --targets empty --dry-run
+  editunlearn apply --hparams memit --facts more.jsonl --continue runs/memit --out runs/memit-2
   editunlearn apply --hparams paper/memit --facts locuslab/TOFU:forget01 --model me/tofu-llama"""
 KINDS = ("delta", "lora", "merged")
 

@@ -260,7 +260,7 @@ def run_inputs(
     hp: MethodHParams,
     targets: str,
     past: PastKeys | None,
-    earlier: Earlier | None,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Everything that a delta depends on, for the key of its workspace."""
     import torch

@@ -168,7 +168,14 @@ def test_what_cannot_be_gone_on_from(taught: Any, text: str, four: Earlier, tmp_
         four.divide([other])
     with pytest.raises(InputError, match="not a finished run"):
         Earlier.load(tmp_path)
-    four.save(tmp_path)
+    four.save(tmp_path, [told(0)])
+    assert Earlier.load(tmp_path).known([]) == [told(0)]
+    manifest = tmp_path / "delta.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace('"paraphrases"', '"wordings"'))
+    with pytest.raises(InputError, match="has other fields than"):
+        Earlier.load(tmp_path)
+    manifest.write_text(whole)
     (tmp_path / "past_keys.safetensors").unlink()
     with pytest.raises(InputError, match="without which a next edit would overwrite"):
         Earlier.load(tmp_path)

@@ -53,6 +53,13 @@ class Earlier:
         delta = load(where)
         if delta.manifest.negated:
             raise InputError(f"{where}: takes an edit out again; there is nothing to go on from. Give the edit itself.")
+        try:
+            delta.manifest.stored_facts()
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{where / MANIFEST}: the text of its facts has other fields than this editunlearn's ({error}). Set "
+                "'text' to null there, and give the facts in --facts once more."
+            ) from error
         if not isinstance(delta, LowRankDelta):
             return cls(delta, PastKeys(), str(where))
         if not (where / PAST).is_file():
@@ -136,11 +143,12 @@ class Earlier:
         from editunlearn.hparams import MemoryHParams
 
         there, memory = self.delta.manifest, isinstance(hp, MemoryHParams)
-        if memory == isinstance(self.delta, LowRankDelta) or (memory and there.method != hp.method):
+        other_kind = memory != (there.kind == "memory")
+        if other_kind or (memory and there.method != hp.method):
+            what = "a memory and a change of weights" if other_kind else "different memories"
             raise UnsupportedError(
-                f"{self.where}: was made by {there.method}, which {hp.method} cannot go on from: "
-                f"{'different memories' if memory == (there.kind == 'memory') else 'a memory and a change of weights'} "
-                f"cannot be one delta. Go on with {there.method}, or start from a merged model."
+                f"{self.where}: was made by {there.method}, which {hp.method} cannot go on from: {what} cannot be one "
+                f"delta. Go on with {there.method}, or start from a merged model."
             )
         sites = sorted(sites)
         if there.sites and sites != sorted(there.sites):
