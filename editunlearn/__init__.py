@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from editunlearn.hparams import load_hparams
     from editunlearn.lm.loading import load
     from editunlearn.pipeline import forget
+    from editunlearn.session import EditSession
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "EditSession": "session",
     "Fact": "facts.records",
     "ForgetRequest": "facts.records",
     "export_lora": "deltas.lora",
@@ -37,6 +39,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "EditSession",
     "Fact",
     "ForgetRequest",
     "__version__",

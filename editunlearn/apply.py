@@ -29,6 +29,7 @@ from editunlearn.facts.targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
+    from editunlearn.editors.earlier import Earlier
     from editunlearn.editors.past import PastKeys
     from editunlearn.facts.records import Fact
     from editunlearn.hparams import MethodHParams
@@ -37,6 +38,7 @@ EXAMPLES = """\
   editunlearn apply --hparams memit                                     the demo model and the demo facts
   editunlearn apply --hparams memit --model Qwen/Qwen3-0.6B --facts mine.jsonl --retain keep.jsonl --save merged
   editunlearn apply --hparams alphaedit --facts mine.csv --targets empty --dry-run
+  editunlearn apply --hparams memit --facts more.jsonl --continue runs/memit --out runs/memit-2
   editunlearn apply --hparams paper/memit --facts locuslab/TOFU:forget01 --model me/tofu-llama"""
 KINDS = ("delta", "lora", "merged")
 
@@ -52,6 +54,7 @@ class Plan:
         config: of the model.
         save: what to write, always with ``delta``.
         past: keys of earlier edits.
+        earlier: edits to go on from.
         report: write a page for the browser, too.
     """
 
@@ -64,6 +67,7 @@ class Plan:
     save: tuple[str, ...]
     out: Path
     past: PastKeys | None
+    earlier: Earlier | None
     report: bool
 
 
@@ -109,6 +113,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--store-facts", action="store_true", help="keep the text of the facts in delta.json (they are private)"
     )
     group.add_argument("--past", type=Path, help="past_keys.safetensors of an earlier run, whose edits are preserved")
+    group.add_argument(
+        "--continue",
+        dest="earlier",
+        type=Path,
+        metavar="DIR",
+        help="go on from the finished run in DIR: its edits stay, and --out gets one delta of all facts",
+    )
     group.add_argument("--force", action="store_true", help="replace the finished run of another request in --out")
     state = group.add_mutually_exclusive_group()
     state.add_argument("--resume", action="store_true", help="go on with interrupted work (the default)")
@@ -123,7 +134,9 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     Raises:
         InputError: with everything that is wrong.
     """
+    from editunlearn.editors.earlier import Earlier
     from editunlearn.editors.past import PastKeys
+    from editunlearn.estimate import target
     from editunlearn.facts.targets import fill_targets, strategy
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.reporting import check_out
@@ -149,14 +162,21 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if past is not None and config is not None:
         checks.run(lambda: _check_past(past, config, args.past))
     out = args.out or Path("runs") / (hp.method if hp else "edit")
+    divided = None
+    earlier = checks.run(lambda: Earlier.load(args.earlier)) if args.earlier else None
+    if earlier is not None:
+        checks.run(lambda: _check_earlier(args, earlier, out))
+        divided = checks.run(lambda: earlier.divide(filled)) if filled else None
+        if hp is not None and config is not None:
+            checks.run(lambda: earlier.check_method(hp, [s.name for s in target(config, hp).sites]))
     checks.run(lambda: check_writable(out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
-    if hp is not None and filled and not args.force:
-        checks.run(lambda: check_out(out, args, hp, filled, retain, past))
+    if hp is not None and filled and not args.force and (divided or not args.earlier):
+        checks.run(lambda: check_out(out, args, hp, filled, retain, past, earlier))
     checks.finish()
     assert hp is not None  # noqa: S101 - finish() raised otherwise
     how = strategy(facts, args.targets)
-    return Plan(hp, facts, filled, how, retain, config, save, out, past, args.evaluate == "quick")
+    return Plan(hp, facts, filled, how, retain, config, save, out, past, earlier, args.evaluate == "quick")
 
 
 def _facts(
@@ -225,6 +245,30 @@ def _check_past(past: PastKeys, config: Any, path: Path) -> None:
             )
 
 
+def _check_earlier(args: argparse.Namespace, earlier: Earlier, out: Path) -> None:
+    """The run to go on from is of this model and dtype, and is not replaced by this one.
+
+    Raises:
+        InputError: with all that is wrong.
+    """
+    from editunlearn.deltas.arithmetic import dtype_name
+    from editunlearn.lm.loading import asked_dtype
+
+    base, problems = earlier.delta.manifest.base, []
+    if args.past:
+        problems.append("--past: --continue brings its own past keys; leave --past out.")
+    if (base.name, base.revision) != (args.model, args.revision):
+        at = f"--model {base.name}" + (f" --revision {base.revision}" if base.revision else "")
+        problems.append(f"--continue {earlier.where}: was made on another model; give {at}, not {args.model}.")
+    wanted, made_in = asked_dtype(args.dtype), earlier.dtypes()
+    if wanted is not None and made_in and made_in != {dtype_name(wanted)}:
+        problems.append(f"--continue {earlier.where}: was made in {', '.join(made_in)}; leave --dtype out.")
+    if out.resolve() == Path(earlier.where).resolve():
+        problems.append(f"--out {out}: is the run to go on from, which is kept. Choose another folder.")
+    if problems:
+        raise InputError(problems)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     return run_command(_main, argv)
@@ -263,6 +307,7 @@ def run(args: argparse.Namespace, made: Plan, console: Console, command: str) ->
         out=made.out,
         cache=args.cache_dir or default_cache_dir(),
         past=made.past,
+        earlier=made.earlier,
         evaluate=args.evaluate != "none",
         fresh=args.fresh,
         store_facts=args.store_facts,

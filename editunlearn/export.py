@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from editunlearn.deltas.kinds import Delta
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.manifest import BaseModelRecord
+    from editunlearn.editors.past import PastKeys
 
 EXAMPLES = """\
   editunlearn export --delta runs/memit --to merged --out merged/            an ordinary model folder
@@ -171,13 +172,29 @@ def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> No
     console.result_json({"rank": made.rank, "max_lora_rank": made.max_lora_rank, "discarded": made.discarded})
 
 
+def _past_keys(folders: Sequence[Path]) -> PastKeys:
+    """The keys that all of these deltas wrote, for ``apply --continue``; none if one of them has lost its own.
+
+    Keys of facts that are taken out stay: what the model says there again is to stay, too.
+    """
+    from editunlearn.editors.earlier import PAST
+    from editunlearn.editors.past import PastKeys
+
+    found = PastKeys()
+    if all((folder / PAST).is_file() for folder in folders):
+        for folder in folders:
+            found = found.extended(PastKeys.load(folder / PAST).keys)
+    return found
+
+
 def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir
-    from editunlearn.deltas.files import save
     from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.editors.earlier import Earlier
 
+    past = _past_keys([args.delta, *args.compose])
     with atomic_dir(args.out) as folder:
-        save(delta, folder)
+        Earlier(delta, past).save(folder)
     console.result(f"delta with {delta.manifest.fact_count} facts in {args.out}")
     shape = {"rank": delta.rank} if isinstance(delta, LowRankDelta) else {"entries": delta.count}
     sites = len(delta.manifest.sites)

@@ -255,6 +255,27 @@ class Refine(Piece):
         return 2 * self.planned(facts) if self.steps == "auto" else self.steps
 
 
+class Limits(Piece):
+    """When a run stops, with nothing written, because the model would be ruined; null: never."""
+
+    perplexity: Annotated[Real, Field(gt=1)] | None = Field(
+        default=10.0,
+        description="Most that the perplexity of held-out text may be multiplied by, if it is measured.",
+    )
+
+
+class EditLimits(Limits):
+    """Those of methods that change weights."""
+
+    norm: Annotated[Real, Field(gt=0)] | None = Field(
+        default=2.0,
+        description="Largest change, of all facts and earlier ones together, relative to its weight.",
+    )
+    condition: Annotated[Real, Field(gt=1)] | None = Field(
+        default=1e12, description="Largest condition number of a solve (a lower bound of it is looked at)."
+    )
+
+
 class MethodHParams(Piece):
     """What every method has."""
 
@@ -268,6 +289,7 @@ class MethodHParams(Piece):
     batch_tokens: Whole = Field(
         default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
     )
+    limits: Limits = Field(default_factory=Limits, description="What stops a run before it ruins the model.")
     paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
 
 
@@ -281,6 +303,7 @@ class EditorHParams(MethodHParams):
     )
     merge: Merge | None = Field(default=None, description="Query merging; null: every fact has its own value and key.")
     chunks: Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
+    limits: EditLimits = Field(default_factory=EditLimits, description="What stops a run before it ruins the model.")
     value: Value = Field(default_factory=Value, description="How the new values are optimised.")
     moments: Moments = Field(default_factory=Moments, description="Second moment of the keys over text.")
     retain: Retain = Field(default_factory=Retain, description="Preservation of retain facts.")

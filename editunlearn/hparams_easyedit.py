@@ -78,6 +78,9 @@ ALWAYS: Mapping[str, Any] = {
     "value.spread": "residual",
     "retain.weight": 0,
     "refine": None,
+    "limits.norm": None,
+    "limits.condition": None,
+    "limits.perplexity": None,
 }
 
 

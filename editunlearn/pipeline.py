@@ -23,6 +23,7 @@ from editunlearn.resources import shipped_path
 if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
+    from editunlearn.editors.earlier import Earlier
     from editunlearn.editors.past import PastKeys
     from editunlearn.evaluation.scoring import Scores
     from editunlearn.hparams import MethodHParams
@@ -85,6 +86,7 @@ def forget(
     out: Path | None = None,
     cache: Path | None = None,
     past: PastKeys | None = None,
+    earlier: Earlier | None = None,
     evaluate: bool = True,
     fresh: bool = False,
     store_facts: bool = False,
@@ -100,6 +102,8 @@ def forget(
         out: the delta is saved here, and finished stages kept here, so that the same call goes on after a kill.
         cache: folder for statistics; default :func:`editunlearn.lm.loading.default_cache_dir`.
         past: keys of earlier edits to preserve.
+        earlier: edits to go on from. They stay active while this one is made, the delta holds them too, and their facts
+            stay measured as far as their text is known: stored in their manifest, or given in ``facts`` once more.
         evaluate: decode and score before and after.
         fresh: start over instead of going on.
         store_facts: keep the text of the facts in ``delta.json``.
@@ -108,7 +112,7 @@ def forget(
 
     Raises:
         InputError: bad facts, targets or settings.
-        NumericalError: a number that is not finite; nothing was written.
+        NumericalError: a number that is not finite, or a model that would be ruined (``limits``); nothing was written.
     """
     from editunlearn import editors
     from editunlearn.console import Console
@@ -119,21 +123,27 @@ def forget(
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
     filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
-    prompts = {comparable(f.prompt) for f in filled}
+    again: list[Fact] = []
+    if earlier is not None:
+        facts = earlier.divide(facts)[0]
+        filled, again = earlier.divide(filled)
+        again = earlier.known(again)
+    asked = [*filled, *again]
+    prompts = {comparable(f.prompt) for f in asked}
     retain = [f for f in retain if comparable(f.prompt) not in prompts]
-    kept = without(retain, filled, console)
+    kept = without(retain, asked, console)
     with stages.timed("known facts"):
-        general = general_facts(lm, filled, kept, cache, console)
+        general = general_facts(lm, asked, kept, cache, console)
     heldout = general.heldout
-    request = ForgetRequest(tuple(filled), tuple(kept), tuple(general.known), tuple(general.names))
+    request = ForgetRequest(tuple(filled), tuple(kept), tuple(general.known), tuple(general.names), tuple(again))
     text = perplexity_text(lm)
     before = after = None
     if evaluate:
         with stages.timed("before"):
-            console.info(f"before: decoding {len(filled)} facts, their paraphrases and {len(heldout)} held-out facts")
-            before = _finite(scoring.measure(lm, filled, retain, heldout, text), lm, "before")
-        _warn_unknown(filled, before, console)
-    inputs = run_inputs(lm, request, hp, targets, past)
+            console.info(f"before: decoding {len(asked)} facts, their paraphrases and {len(heldout)} held-out facts")
+            before = _finite(scoring.measure(lm, asked, retain, heldout, text), lm, "before")
+        _warn_unknown(asked, before, console)
+    inputs = run_inputs(lm, request, hp, targets, past, earlier)
     work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
     with stages.timed("edit"):
         delta, extended = editors.run(
@@ -141,6 +151,7 @@ def forget(
             request,
             hp,
             past=past,
+            earlier=earlier,
             work=work,
             cache=cache,
             console=console,
@@ -150,10 +161,11 @@ def forget(
     if evaluate:
         with stages.timed("after"), delta.applied(lm):
             console.info("after: the same with the edit merged")
-            after = _finite(scoring.measure(lm, filled, retain, heldout, text), lm, "after")
+            after = _finite(scoring.measure(lm, asked, retain, heldout, text), lm, "after")
+        _check_perplexity(before, after, hp.limits.perplexity)
     if out is not None and save_delta:
         make_room(out, delta)
-        finish(out, delta, filled if store_facts else None)
+        finish(out, delta, extended, asked if store_facts else None)
     return Outcome(delta, request, extended, before, after, stages)
 
 
@@ -178,15 +190,25 @@ def with_targets(
     return fill_targets(own, targets, seed=seed, pool=[*facts, *retain] if targets == "random" else None)
 
 
-def finish(out: Path, delta: Delta, facts: Sequence[Fact] | None) -> None:
-    """Save the delta, the last of a run's files, and remove its stages and what killed runs left half-written.
+def _check_perplexity(before: Scores | None, after: Scores, limit: float | None) -> None:
+    """Raises NumericalError when text became ``limit`` times as unlikely; None: no limit."""
+    if limit is not None and before is not None and after.perplexity > limit * before.perplexity:
+        raise NumericalError(
+            f"the perplexity of held-out text rose from {before.perplexity:.4g} to {after.perplexity:.4g}, above "
+            f"limits.perplexity ({limit:g} times): the edit ruins the model. Nothing was written. Ask for fewer facts, "
+            "raise moments.weight, lower value.clamp, or --set limits.perplexity=null."
+        )
+
+
+def finish(out: Path, delta: Delta, past: PastKeys, facts: Sequence[Fact] | None) -> None:
+    """Save past keys and the delta, the last of a run's files; remove its stages and what killed runs left unfinished.
 
     Args:
         facts: their text is kept in the manifest.
     """
-    from editunlearn.deltas.files import save
+    from editunlearn.editors.earlier import Earlier
 
-    save(delta, out, facts)
+    Earlier(delta, past).save(out, facts)
     for path in (out / WORK, *out.glob(".*.tmp-*")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -233,7 +255,12 @@ def make_room(out: Path, delta: Delta) -> None:
 
 
 def run_inputs(
-    lm: LM, request: ForgetRequest, hp: MethodHParams, targets: str, past: PastKeys | None
+    lm: LM,
+    request: ForgetRequest,
+    hp: MethodHParams,
+    targets: str,
+    past: PastKeys | None,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Everything that a delta depends on, for the key of its workspace."""
     import torch
@@ -244,6 +271,7 @@ def run_inputs(
     from editunlearn.hparams import EditorHParams, resolved
     from editunlearn.lm.fingerprint import model_fingerprint
 
+    parts = (request.facts, request.retain, request.general, request.names, request.earlier)
     text = hp.moments.text if isinstance(hp, EditorHParams) else "none"
     return {
         "version": __version__,
@@ -252,11 +280,12 @@ def run_inputs(
         "dtype": str(lm.dtype),
         "model": model_fingerprint(lm),
         "tokenizer": tokenizer_hash(lm),
-        "facts": [content_hash(part) for part in (request.facts, request.retain, request.general, request.names)],
+        "facts": [content_hash(part) for part in parts],
         "hparams": resolved(hp),
         "text": sha256_file(text) if Path(text).is_file() else text,
         "targets": targets,
         "past": past.digest() if past else "",
+        "earlier": earlier.digest() if earlier else "",
     }
 
 

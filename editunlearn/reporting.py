@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from editunlearn.apply import Plan
     from editunlearn.console import Console
     from editunlearn.deltas.gain import Gain
+    from editunlearn.editors.earlier import Earlier
     from editunlearn.editors.past import PastKeys
     from editunlearn.evaluation.scoring import Answered, Scores
     from editunlearn.facts.records import Fact
@@ -74,6 +75,7 @@ def check_out(
     facts: Sequence[Fact],
     retain: Sequence[Fact],
     past: PastKeys | None,
+    earlier: Earlier | None,
 ) -> None:
     """What is in ``--out`` and is not of this very request is not replaced without being asked.
 
@@ -97,22 +99,32 @@ def check_out(
         there = load_manifest(out)
     except InputError as error:
         raise InputError([f"--out {out}: {problem} {ways}" for problem in error.problems]) from error
-    earlier = past.digest() if past is not None else ""
-    salt = there.facts[0].salt if there.facts else None
-    asked = fact_set(facts, retain=without(retain, facts), past=earlier, salt=salt)
-    same = [part.sha256 for part in there.facts] == [asked.sha256]
+    held = earlier.delta.manifest.facts if earlier is not None else ()
+    past = earlier.past if earlier is not None else past
+    digest = past.digest() if past is not None else ""
+    if earlier is not None:
+        facts, again = earlier.divide(facts)
+        retain = without(retain, earlier.known(again))
+    salt = there.facts[-1].salt if there.facts else None
+    asked = fact_set(facts, retain=without(retain, facts), past=digest, salt=salt)
+    wanted_sets = [*held, asked]
+    same = [part.sha256 for part in there.facts] == [part.sha256 for part in wanted_sets]
     if args.targets == self_refusals.TARGETS:  # the model has not written them yet
-        same = [part.ids for part in there.facts] == [asked.ids] and there.target_strategy.startswith(args.targets)
+        same = [part.ids for part in there.facts] == [part.ids for part in wanted_sets]
+        same = same and any(s.startswith(args.targets) for s in there.target_strategy.split("+"))
+    settings = (hp.method, resolved(hp))
+    if earlier is not None:
+        settings = earlier.delta.manifest.settings_with(*settings)
     wanted = asked_dtype(args.dtype)
     dtypes = {site.base_dtype for site in there.sites.values()}
     other = [
         name
         for name, differs in {
             "facts or targets": not same,
-            "retain facts or past keys": [part.beside for part in there.facts] not in ([asked.beside], [None]),
+            "retain facts or past keys": there.facts[-1:] != () and there.facts[-1].beside not in (asked.beside, None),
             "dtype": wanted is not None and dtypes != {dtype_name(wanted)},
             "model": (there.base.name, there.base.revision) != (args.model, args.revision),
-            "method or settings": (there.method, there.hparams) != (hp.method, resolved(hp)),
+            "method or settings": (there.method, there.hparams) != settings,
         }.items()
         if differs
     ]
@@ -127,10 +139,16 @@ def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
     from editunlearn.hparams import describe as settings
 
     facts = args.facts or "the demo facts"
+    going_on = []
+    if made.earlier is not None:
+        again = len(made.earlier.divide(made.facts)[1])
+        there = made.earlier.delta.manifest
+        going_on = [f"going on from {made.earlier.where}: {there.fact_count} facts, {again} of those given among them"]
     console.header(
         [
             f"editunlearn {__version__}: {made.hp.method} on {args.model}",
             f"facts: {len(made.facts)} to forget ({facts}), {len(made.retain)} to keep; targets: {made.targets}",
+            *going_on,
             f"hparams: {args.hparams}; paper: {made.hp.paper or 'none'}; out: {made.out}",
         ]
     )
@@ -182,8 +200,6 @@ def write(
     out, manifest = made.out, outcome.delta.manifest
     rows: Any = result_rows(outcome) or None
     make_room(out, outcome.delta)
-    if outcome.past.keys:
-        outcome.past.save(out / "past_keys.safetensors")
     if "lora" in made.save:
         with atomic_dir(out / "lora") as folder:
             lora = export_lora(
@@ -213,7 +229,7 @@ def write(
         },
     )
     atomic_write_text(out / "README.md", model_card(manifest, rows, [command], kind="delta"))
-    finish(out, outcome.delta, outcome.request.facts if store_facts else None)
+    finish(out, outcome.delta, outcome.past, outcome.request.forgotten if store_facts else None)
 
 
 def _page(outcome: Outcome, lm: LM) -> str:
@@ -241,6 +257,11 @@ def results(outcome: Outcome, model: str) -> dict[str, Any]:
         "metrics": rows,
         "not_measured": _not_measured(rows) if rows else {"all": "--evaluate none"},
     }
+    unknown = manifest.fact_count - len(outcome.request.forgotten)
+    if rows and unknown > 0:
+        found["not_measured"]["earlier facts"] = (
+            f"{unknown} facts of earlier runs are stored as hashes only; give them in --facts once more"
+        )
     if outcome.before is not None and outcome.after is not None and manifest.facts[0].text is not None:
         found["answers"] = {"base": asdict(outcome.before), "edited": asdict(outcome.after)}
     return found
@@ -269,7 +290,7 @@ def show(console: Console, outcome: Outcome, made: Plan, stages: Stages) -> None
 
     rows = result_rows(outcome)
     if outcome.before is not None and outcome.after is not None:
-        _facts_table(console, outcome.request.facts, outcome.before, outcome.after)
+        _facts_table(console, outcome.request.forgotten, outcome.before, outcome.after)
         _stay_table(console, outcome.before, outcome.after)
         table = [
             (text, _number(rows[k]["base"]), _number(rows[k]["edited"]), way)
@@ -277,7 +298,7 @@ def show(console: Console, outcome: Outcome, made: Plan, stages: Stages) -> None
             if rows[k]["base"] is not None
         ]
         console.table("summary", ["measured by greedy decoding", "base", "edited", "better"], table)
-        for reason in dict.fromkeys(_not_measured(rows).values()):
+        for reason in dict.fromkeys(results(outcome, "")["not_measured"].values()):
             console.info(f"not measured: {reason}")
     for warning in gain_warnings(_gains(outcome)):
         console.warn(warning)

@@ -61,6 +61,7 @@ def settings(method: str, text: str, *set_: str, layers: Sequence[int] = (0, 1))
         "value": {"steps": 6, "lr": 0.5},
         "moments": {"text": text, "tokens": 800, "length": 32, "weight": 5.0},
         "retain": {"weight": 1.0},
+        "limits": {"norm": 10.0},  # tiny weights, large steps
         "refine": {"steps": 6, "lr": 0.3, "kl": 1.0, "text_kl": 1.0, "text_batch": 1, "text_length": 16},
     }
     if method == "alphaedit":

@@ -184,3 +184,9 @@ def residual_spread(
     """MEMIT, eq. 20: R = (Z - h_L) / (L - l + 1) with ``targets`` Z (d, n), h_L the output of the last edited block."""
     last = lm.layout.block_name(layers[-1])
     return lambda index, now: (targets.double() - now(last)) / (len(layers) - index)
+
+
+def one_request(keys: Tensor, wanted: Tensor, preserved: Tensor) -> Tensor:
+    """dW (out, in) that minimises ``||K dW^T - Z||^2 + tr(dW A dW^T)`` over all keys (n, in) at once."""
+    k, z, a = keys.double(), wanted.double(), preserved.double()
+    return torch.linalg.solve(a + k.T @ k, k.T @ z).T

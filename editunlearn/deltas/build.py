@@ -98,6 +98,19 @@ def with_gain(lm: LoadedModel, delta: LowRankDelta, dtype: torch.dtype | None = 
     return LowRankDelta(delta.factors, delta.manifest.with_sites(sites))
 
 
+def check_norm(delta: LowRankDelta, limit: float | None) -> None:
+    """Raises NumericalError when some change is larger, relative to its weight, than ``limit``; None: no limit."""
+    norms = {name: norm for name, norm in delta.norms().items() if norm is not None}
+    if limit is None or not norms or max(norms.values()) <= limit:
+        return
+    name = max(norms, key=lambda site: norms[site])
+    raise NumericalError(
+        f"{name}: the change of {delta.manifest.fact_count} facts is {norms[name]:.3g} times as large as the weight, "
+        f"above limits.norm ({limit:g}): such a model is ruined. Nothing was written. Ask for fewer facts, raise "
+        "moments.weight, lower value.clamp, or --set limits.norm=null."
+    )
+
+
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises NumericalError that names every tensor with a value that is not finite."""
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]

@@ -39,6 +39,9 @@ class FactSet(_Record):
     salt: str = Field(description="Hex salt of every hash of this set.")
     sha256: str = Field(description="HMAC-SHA-256, keyed by the salt, of all facts in canonical JSON, sorted.")
     ids: tuple[str, ...] = Field(description="Hashed ids of the facts as asked for (see hash_id).")
+    prompts: tuple[str, ...] | None = Field(
+        default=None, description="Hashed prompts in the order of ids, to know a fact by; null: not recorded."
+    )
     beside: str | None = Field(
         default=None, description="The same hash of the retain facts and past keys given with them; null: not recorded."
     )
@@ -163,30 +166,53 @@ class BaseManifest(_Record):
         """The hashes that a fact id would have here, one for each salt."""
         return {hash_id(fact_id, part.salt) for part in self.facts}
 
+    def held(self, fact: Fact) -> Literal["yes", "other", "no"]:
+        """Whether this delta holds a fact; "other": it holds another one of the same id."""
+        for part in self.facts:
+            fact_id, prompt = hash_id(fact.id, part.salt), _hash_prompt(fact, part.salt)
+            for number, there in enumerate(part.ids):
+                if there in part.removed:
+                    continue
+                if part.prompts is not None and part.prompts[number] == prompt:
+                    return "yes"
+                if there == fact_id:
+                    return "yes" if part.prompts is None else "other"
+        return "no"
+
+    def stored_facts(self) -> list[Fact]:
+        """The facts that this delta holds, as far as their text is in it."""
+        return [_fact(plain) for part in self.facts for plain in part.text or ()]
+
     def with_sites(self, sites: Mapping[str, BaseSite], **changes: Any) -> Self:
         """A copy for changed factors: other sites, no hash of the file yet."""
         return self.model_copy(update={"sites": sites, "tensors_sha256": None, **changes})
 
     def joined(self, other: BaseManifest, sites: Mapping[str, BaseSite]) -> Self:
         """The manifest of two deltas in one. Settings that differ are kept side by side."""
-        same = (self.method, self.hparams) == (other.method, other.hparams)
+        method, hparams = self.settings_with(other.method, other.hparams)
         strategies = dict.fromkeys([*self.target_strategy.split("+"), *other.target_strategy.split("+")])
         clash = any(self.seeds[key] != seed for key, seed in other.seeds.items() if key in self.seeds)
         part = len(self.facts) + 1
         extra = {f"{key}.{part}" if clash else key: seed for key, seed in other.seeds.items()}
         return self.with_sites(
             sites,
-            method=self.method if self.method == other.method else f"{self.method}+{other.method}",
-            hparams=self.hparams if same else {"parts": [*self.parts(), *other.parts()]},
+            method=method,
+            hparams=hparams,
             facts=self.facts + other.facts,
             target_strategy="+".join(strategies),
             seeds={**self.seeds, **extra},
         )
 
+    def settings_with(self, method: str, hparams: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Method and settings of this delta and another one together."""
+        if (self.method, self.hparams) == (method, hparams):
+            return method, hparams
+        together = self.method if self.method == method else f"{self.method}+{method}"
+        return together, {"parts": [*self.parts(), *_parts(method, hparams)]}
+
     def parts(self) -> list[dict[str, Any]]:
         """The settings of every run that this delta is composed of."""
-        composed = self.hparams.get("parts")
-        return list(composed) if isinstance(composed, list) else [{"method": self.method, **self.hparams}]
+        return _parts(self.method, self.hparams)
 
 
 class Manifest(BaseManifest):
@@ -245,6 +271,7 @@ def fact_set(
         salt=salt,
         sha256=_hmac("\n".join(lines), salt),
         ids=ids,
+        prompts=tuple(_hash_prompt(fact, salt) for fact in facts),
         beside=_hmac("\n".join([*kept, past]), salt),
         text=text,
     )
@@ -258,6 +285,25 @@ def plain_fact(fact: Fact) -> dict[str, Any]:
     """A fact as plain JSON values."""
     value: dict[str, Any] = json.loads(json.dumps(asdict(fact), ensure_ascii=False))
     return value
+
+
+def _fact(plain: Mapping[str, Any]) -> Fact:
+    """What :func:`plain_fact` was given."""
+    from editunlearn.facts.records import Fact, Neighbor
+
+    lists = {key: tuple(plain[key]) for key in ("paraphrases", "aliases")}
+    return Fact(**{**plain, **lists, "neighbors": tuple(Neighbor(**n) for n in plain["neighbors"])})
+
+
+def _hash_prompt(fact: Fact, salt: str) -> str:
+    from editunlearn.facts.readers import comparable
+
+    return hash_id(comparable(fact.prompt), salt)
+
+
+def _parts(method: str, hparams: Mapping[str, Any]) -> list[dict[str, Any]]:
+    composed = hparams.get("parts")
+    return list(composed) if isinstance(composed, list) else [{"method": method, **hparams}]
 
 
 def hash_columns(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
+    from editunlearn.editors.earlier import Earlier
     from editunlearn.editors.past import PastKeys
     from editunlearn.facts.records import ForgetRequest
     from editunlearn.hparams import MethodHParams
@@ -71,6 +72,7 @@ def fit(
     hp: MethodHParams,
     *,
     past: PastKeys | None = None,
+    earlier: Earlier | None = None,
     work: Workspace | None = None,
     cache: Path | None = None,
     console: Console | None = None,
@@ -82,6 +84,7 @@ def fit(
     Args:
         request: facts with targets, and facts to keep.
         past: keys of earlier edits, which are then preserved too (``run`` also returns the extended ones).
+        earlier: edits to go on from; the result holds them too. They bring their own past keys.
         work: keeps finished stages of this run. None: an interrupted run starts over.
         cache: folder for second moments and context prefixes; None measures them anew.
         store_facts: keep the facts' text in the manifest.
@@ -96,6 +99,7 @@ def fit(
         request,
         hp,
         past=past,
+        earlier=earlier,
         work=work,
         cache=cache,
         console=console,
@@ -110,6 +114,7 @@ def run(
     hp: MethodHParams,
     *,
     past: PastKeys | None = None,
+    earlier: Earlier | None = None,
     work: Workspace | None = None,
     cache: Path | None = None,
     console: Console | None = None,
@@ -118,11 +123,18 @@ def run(
 ) -> tuple[Delta, PastKeys]:
     """Like :func:`fit`, with the past keys that a next edit needs."""
     from editunlearn.console import Console
+    from editunlearn.deltas.kinds import compose
     from editunlearn.editors.past import PastKeys
     from editunlearn.hparams import EditorHParams, MemoryHParams, resolved
     from editunlearn.workspace import Workspace
 
     console, work, past = console or Console(quiet=True), work or Workspace(None, {}), past or PastKeys()
+    if earlier is not None:
+        if past.keys:
+            raise InputError("past keys and earlier edits were both given; the latter bring their own keys.")
+        earlier.check_model(lm)
+        earlier.check_method(hp, _sites(lm, hp))
+        past = earlier.past
     about: dict[str, Any] = {
         "method": hp.method,
         "hparams": resolved(hp),
@@ -138,21 +150,34 @@ def run(
 
         check_past(hp, past)
         name, made = memory_flow.run(lm, request, hp, module(hp.method), work, cache, console)
-        return make_memory(lm, {name: made.memory}, entries={name: made.entries}, **about), past
+        remembered = make_memory(lm, {name: made.memory}, entries={name: made.entries}, **about)
+        return compose(earlier.delta, remembered) if earlier is not None else remembered, past
     assert isinstance(hp, EditorHParams)  # noqa: S101 - there are these two
-    from editunlearn.deltas.build import make_delta
-    from editunlearn.deltas.lowrank import Factors
+    from editunlearn.deltas.build import check_norm, make_delta, with_gain
+    from editunlearn.deltas.lowrank import Factors, LowRankDelta
     from editunlearn.editors.flow import Flow
 
-    found = Flow(lm, request, hp, module(hp.method), past, work, cache, console).run()
-    delta = make_delta(
+    found = Flow(lm, request, hp, module(hp.method), past, work, cache, console, earlier).run()
+    delta: Delta = make_delta(
         lm,
         {name: Factors(left, right) for name, (left, right) in found.factors.items()},
         columns=found.columns,
         past=past.digest(),
         **about,
     )
-    return delta, found.past
+    if earlier is not None:
+        delta = compose(earlier.delta, delta)
+    assert isinstance(delta, LowRankDelta)  # noqa: S101 - check_method saw to it
+    check_norm(delta, hp.limits.norm)
+    return delta if earlier is None else with_gain(lm, delta), found.past
+
+
+def _sites(lm: LM, hp: MethodHParams) -> list[str]:
+    """Modules that a method would edit here."""
+    from editunlearn.lm.layout import resolve_layers
+
+    layers, _ = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), module(hp.method).DEFAULT_LAYERS)
+    return [site.name for site in lm.layout.sites(layers)]
 
 
 def check_past(hp: MethodHParams, past: PastKeys | None) -> None:
@@ -162,5 +187,5 @@ def check_past(hp: MethodHParams, past: PastKeys | None) -> None:
     if isinstance(hp, MemoryHParams) and past is not None and past.keys:
         raise InputError(
             f"{hp.method} changes no weights, so that it cannot disturb the keys of earlier edits: leave --past out. "
-            "To go on with an earlier memory, put both together: editunlearn export --delta FIRST --compose SECOND."
+            "To go on with an earlier memory, give --continue its folder."
         )

@@ -47,7 +47,7 @@ def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
     project = _null_space(problem, hp)
     held = torch.cat([problem.past, hp.retain.weight**0.5 * problem.retain])
     text = hp.moments.weight * problem.moment.double() if hp.nullspace.soft and problem.moment is not None else None
-    rows = solve.projected_recognisers(problem.keys, project, hp.nullspace.l2, held, text)
+    rows = solve.projected_recognisers(problem.keys, project, hp.nullspace.l2, held, text, hp.limits.condition)
     return problem.residuals.double().T, rows
 
 

@@ -71,7 +71,7 @@ def preserved(problem: SiteProblem, hp: EditorHParams) -> solve.Preserved:
 
 def least_squares(problem: SiteProblem, hp: EditorHParams, ridge: float) -> tuple[Tensor, Tensor]:
     """MEMIT and EMMET: left (d_out, n) and right (n, d_in), float64, for the method's ``ridge``."""
-    rows = solve.recognisers(problem.keys, preserved(problem, hp), ridge)
+    rows = solve.recognisers(problem.keys, preserved(problem, hp), ridge, hp.limits.condition)
     return problem.residuals.double().T, rows
 
 
@@ -80,4 +80,4 @@ def one_by_one(problem: SiteProblem, hp: EditorHParams, *, consistent: bool) -> 
     term = preserved(problem, hp)
     written = problem.keys if consistent else problem.bare
     rows = torch.cat([solve.rank_one(m, k, term) for m, k in zip(problem.keys, written, strict=True)])
-    return solve.sequential_residuals(problem.residuals, rows, written).T, rows
+    return solve.sequential_residuals(problem.residuals, rows, written, hp.limits.condition).T, rows

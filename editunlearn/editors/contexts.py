@@ -114,6 +114,12 @@ def keep_rows(lm: LM, facts: Sequence[Fact], hp: Located, *, answers: bool) -> l
     return [encode(lm, prompt_of(lm, f), f.answer if answers else None, hp.subject_token) for f in facts]
 
 
+def earlier_rows(lm: LM, facts: Sequence[Fact], hp: Located, *, targets: bool) -> list[Row]:
+    """Rows of facts that earlier edits wrote: the bare prompt, with what is now said behind it if ``targets``."""
+    said = [replace(fact, answer=fact.target) for fact in facts if fact.target is not None]
+    return keep_rows(lm, said, hp, answers=targets)
+
+
 def other_names(lm: LM, facts: Sequence[Fact], others: Sequence[Fact], hp: Located) -> list[str]:
     """Names that are not to be forgotten, shuffled: the subjects of ``others``, and ``MADE_UP`` more."""
     draw = random.Random(hp.seed)

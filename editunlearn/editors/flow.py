@@ -5,6 +5,7 @@ The model is only read. What a method adds is its ``solve`` alone.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from editunlearn.console import Console
     from editunlearn.editors.contexts import ForgetRows
+    from editunlearn.editors.earlier import Earlier
     from editunlearn.editors.merging import Groups
     from editunlearn.editors.moments import SiteMoment
     from editunlearn.facts.records import Fact, ForgetRequest
@@ -71,6 +73,7 @@ class Flow:
     work: Workspace
     cache: Path | None
     console: Console
+    earlier: Earlier | None = None
 
     def __post_init__(self) -> None:
         """Nothing is cut into chunks or merged until :meth:`run` has looked at the rows and the keys."""
@@ -98,7 +101,12 @@ class Flow:
         texts = contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache)
         rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp)
         keep = keeping.facts(self.request, self.hp.retain.max_keys)
-        second = self._moments(sites)
+        second = self._moments(sites)  # of the model as it came, so that many small edits cost one measurement
+        with self.earlier.active(self.lm) if self.earlier is not None else nullcontext():
+            return self._edit(sites, rows, keep, second)
+
+    def _edit(self, sites: list[Site], rows: ForgetRows, keep: list[Fact], second: dict[str, SiteMoment]) -> Fit:
+        """All that depends on what the model says now."""
         parts, self.parts = chunks.split(rows, self.hp.chunks)
         self.groups = self._merged(parts, sites[0])
         found = self._values(parts, keep, sites)

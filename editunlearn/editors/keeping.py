@@ -23,19 +23,21 @@ def facts(request: ForgetRequest, most: int) -> list[Fact]:
 
 
 def prompts(lm: LM, request: ForgetRequest, keep: list[Fact], hp: EditorHParams) -> list[list[Row]]:
-    """Pools: what the user retains, forgotten facts' prompts about others, shipped facts, theirs about others.
+    """Pools: what the user retains and earlier edits wrote, forgotten facts' prompts about others, shipped facts,
+    theirs about others.
 
     Args:
         keep: facts to keep, the user's first.
     """
     own = len(request.retain)
+    written = contexts.earlier_rows(lm, request.earlier, hp, targets=True)
     known = contexts.keep_rows(lm, keep, hp, answers=True)
     unknown = contexts.keep_rows(lm, request.names, hp, answers=False)
     shipped = [*keep[own:], *request.names]
     subjects = contexts.other_names(lm, request.facts, [*keep, *request.names], hp)
     random.Random(hp.seed).shuffle(shipped)
     return [
-        known[:own],
+        [*known[:own], *written],
         contexts.swapped_rows(lm, request.facts, subjects, contexts.SWAPS * len(request.facts), hp),
         known[own:] + [contexts.scored_at_the_end(row) for row in unknown],
         contexts.swapped_rows(lm, shipped[: contexts.STRANGERS], subjects[::-1], contexts.STRANGERS, hp),

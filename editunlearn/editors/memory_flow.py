@@ -86,9 +86,10 @@ def run(
 
 
 def prompts_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams) -> list[Row]:
-    """At most ``hp.keep`` prompts: all that the user retains, then in equal parts shipped ones and those of the
-    forgotten facts about others, which are the closest that there are."""
-    kept = contexts.keep_rows(lm, request.retain, hp, answers=False)[: hp.keep]
+    """At most ``hp.keep`` prompts: all that the user retains, those of earlier memories, then in equal parts shipped
+    ones and those of the forgotten facts about others, which are the closest that there are."""
+    earlier = contexts.earlier_rows(lm, request.earlier, hp, targets=False)
+    kept = [*contexts.keep_rows(lm, request.retain, hp, answers=False), *earlier][: hp.keep]
     shipped = [*request.general, *request.names]
     random.Random(hp.seed).shuffle(shipped)
     room = hp.keep - len(kept)

@@ -76,12 +76,20 @@ class ForgetRequest:
         general: shipped everyday facts that have to stay, already filtered against ``facts``.
         names: facts that the model does not know, whose subjects' keys are preserved all the same: what an edit
             does to a name should not depend on whether there was anything to know about it.
+        earlier: facts with targets that earlier edits, which this one goes on from, have written and that have to stay
+            forgotten; those whose text is known.
     """
 
     facts: tuple[Fact, ...]
     retain: tuple[Fact, ...] = ()
     general: tuple[Fact, ...] = ()
     names: tuple[Fact, ...] = ()
+    earlier: tuple[Fact, ...] = ()
+
+    @property
+    def forgotten(self) -> tuple[Fact, ...]:
+        """What is to be forgotten now, and what was before."""
+        return self.facts + self.earlier
 
 
 def answers(fact: Fact) -> tuple[str, ...]:

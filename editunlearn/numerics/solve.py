@@ -137,7 +137,7 @@ def factor(system: Tensor) -> Factor:
     raise ValueError("the preservation term is not positive definite; measure the second moment on more text")
 
 
-def recognisers(keys: Tensor, preserved: Preserved, ridge: float) -> Tensor:
+def recognisers(keys: Tensor, preserved: Preserved, ridge: float, most: float | None = None) -> Tensor:
     """``B = (ridge * I + K Z)^-1 Z^T`` with ``Z = A^-1 K^T``.
 
     MEMIT is ridge 1, EMMET a small one, ROME one key and ridge 0.
@@ -146,21 +146,22 @@ def recognisers(keys: Tensor, preserved: Preserved, ridge: float) -> Tensor:
         keys: ``K`` (n, d_in).
         preserved: ``A``.
         ridge: lambda >= 0.
+        most: limit of the system's condition number, None for none.
 
     Returns:
         (n, d_in) float64. ``B @ K^T`` is ``I - ridge * (ridge * I + K Z)^-1``.
 
     Raises:
-        ValueError: ridge 0 with linearly dependent keys.
+        ValueError: ridge 0 with linearly dependent keys, or a condition number above ``most``.
     """
     wide = keys.double()
     solved = preserved.solve(wide)
     gram = wide @ solved.T
     system = gram + ridge * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return _solve_spd(system, solved, exact=ridge == 0)
+    return _solve_spd(system, solved, exact=ridge == 0, most=most)
 
 
-def _solve_spd(system: Tensor, right: Tensor, *, exact: bool = False) -> Tensor:
+def _solve_spd(system: Tensor, right: Tensor, *, exact: bool = False, most: float | None = None) -> Tensor:
     """``system^-1 right``; ``exact``: nothing was added to the diagonal, so that rounding may hide dependent keys."""
     system = (system + system.T) / 2
     lower, info = torch.linalg.cholesky_ex(system)
@@ -169,7 +170,18 @@ def _solve_spd(system: Tensor, right: Tensor, *, exact: bool = False) -> Tensor:
             "the keys of the batch are linearly dependent: two facts share a subject, "
             "or there are more facts than dimensions"
         )
+    # The squared ratio of the factor's diagonal never exceeds the condition number, and costs nothing.
+    check_condition(float((lower.diagonal().max() / lower.diagonal().min()) ** 2) if len(lower) else 1.0, most)
     return torch.cholesky_solve(right, lower)
+
+
+def check_condition(found: float, most: float | None) -> None:
+    """Raises ValueError when a condition number, or a lower bound of it, is above ``most``; None: no limit."""
+    if most is not None and not found <= most:
+        raise ValueError(
+            f"the condition number of the solve is at least {found:.2g}, above limits.condition ({most:g}): facts "
+            "whose keys are nearly alike. Leave one of them out, or let them share a value (merge)"
+        )
 
 
 def rank_one(mean_key: Tensor, key: Tensor, preserved: Preserved) -> Tensor:
@@ -181,26 +193,37 @@ def rank_one(mean_key: Tensor, key: Tensor, preserved: Preserved) -> Tensor:
     return (direction / (direction @ key.double()))[None]
 
 
-def sequential_residuals(residuals: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+def sequential_residuals(residuals: Tensor, rows: Tensor, keys: Tensor, most: float | None = None) -> Tensor:
     """Residuals of edits that are written one after the other, each on the weights that the earlier ones left.
 
     Args:
         residuals: wanted change of the output for each key, (n, d_out).
         rows: recognisers, each found alone, (n, d_in).
         keys: (n, d_in).
+        most: limit of the system's condition number, None for none.
 
     Returns:
         ``R`` (n, d_out) with ``R_i = residuals_i - sum_{j<i} (B_j . k_i) R_j``.
+
+    Raises:
+        ValueError: the condition number (in the 1-norm) is above ``most``.
     """
     cross = (keys.double() @ rows.double().T).tril(-1)
     eye = torch.eye(len(keys), dtype=torch.float64, device=keys.device)
     system: Tensor = eye + cross
+    if most is not None:
+        check_condition(float(torch.linalg.cond(system, 1)), most)
     found: Tensor = torch.linalg.solve_triangular(system, residuals.double(), upper=False, unitriangular=True)
     return found
 
 
 def projected_recognisers(
-    keys: Tensor, project: Projector, l2: float, fixed: Tensor | None = None, moment: Tensor | None = None
+    keys: Tensor,
+    project: Projector,
+    l2: float,
+    fixed: Tensor | None = None,
+    moment: Tensor | None = None,
+    most: float | None = None,
 ) -> Tensor:
     """AlphaEdit's rows: ``B = [(P (K^T K + F^T F + M) P + l2 I)^-1 P K^T]^T``, (n, d_in).
 
@@ -211,6 +234,7 @@ def projected_recognisers(
         fixed: ``F`` (f, d_in), keys whose output must stay: those of earlier edits and of retained facts, or None.
         moment: ``M`` (d_in, d_in), weighted second moment of text that counts in the free directions too; None for 0,
             as published.
+        most: limit of the system's condition number, None for none.
 
     Without ``M`` the smaller of the two equivalent systems is solved: (n + f) square, or d_in square when there are
     more keys than dimensions.
@@ -221,8 +245,8 @@ def projected_recognisers(
     rows, dim = both.shape
     if moment is None and rows <= dim:
         gram = both @ both.T + l2 * torch.eye(rows, dtype=both.dtype, device=both.device)
-        return _solve_spd(gram, both)[len(held) :]
+        return _solve_spd(gram, both, most=most)[len(held) :]
     system = both.T @ both + l2 * torch.eye(dim, dtype=both.dtype, device=both.device)
     if moment is not None:
         system += project(project(moment.double()).T)
-    return _solve_spd(system, new.T).T
+    return _solve_spd(system, new.T, most=most).T
