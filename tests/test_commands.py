@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,14 @@ def test_version_matches_the_metadata() -> None:
 def _version() -> str:
     lines = (ROOT / "setup.cfg").read_text(encoding="utf-8").splitlines()
     return next(line.split("=")[1].strip() for line in lines if line.startswith("version"))
+
+
+def test_the_metadata_names_every_package() -> None:
+    """A folder that ``setup.cfg`` forgets works in the checkout and is missing from the wheel."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    named = {name for name in config["options"]["packages"].split() if "_shipped" not in name}
+    assert named == {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("editunlearn/**/__init__.py")}
 
 
 def test_quick_settings_are_settings() -> None:
