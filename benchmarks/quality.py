@@ -102,8 +102,9 @@ def edit(
     """The delta of one configuration, and what it cost."""
     from editunlearn import editors
     from editunlearn.console import Console
+    from editunlearn.general import general_facts
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import general_facts, with_targets
+    from editunlearn.pipeline import with_targets
 
     forget, retain, heldout = parts
     hp = hparams_of(config)
@@ -127,8 +128,9 @@ def edit(
 
 def main() -> None:
     """Run all configurations on all seeds."""
+    from editunlearn.general import known_by
     from editunlearn.lm.loading import load
-    from editunlearn.pipeline import _known, environment
+    from editunlearn.pipeline import environment
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="demo")
@@ -147,7 +149,7 @@ def main() -> None:
     args = p.parse_args()
     lm = load(args.model)
     facts = load_facts(args.facts)
-    facts = [f for f, known in zip(facts, _known(lm, facts, None), strict=True) if known]
+    facts = [f for f, known in zip(facts, known_by(lm, facts, None), strict=True) if known]
     text = wikitext(args.text, lm)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
     done.setdefault("commands", [])

@@ -94,15 +94,14 @@ def load_settings(args: argparse.Namespace, config: Any, console: Console) -> Me
     Raises:
         InputError: everything that is wrong with them, the layers that this model does not have included.
     """
-    from editunlearn import hparams_easyedit
-    from editunlearn.hparams import load_hparams
+    from editunlearn.hparams import easyedit, load_hparams
 
     given = {"seed": args.seed, "merge.by": getattr(args, "merge_queries", None)}
     extra = [f"{key}={value}" for key, value in given.items() if value is not None]
     kind = getattr(config, "model_type", None)
     hp = load_hparams(args.hparams, set=[*args.set, *extra], model_type=kind, format=args.hparams_format)
     if args.hparams_format == "easyedit":
-        console.table("translated hparams", ["theirs", "value", "ours"], hparams_easyedit.read(args.hparams).rows)
+        console.table("translated hparams", ["theirs", "value", "ours"], easyedit.read(args.hparams).rows)
     return hp
 
 

@@ -262,8 +262,8 @@ def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) ->
     """For the suite facts: known facts that no edit saw, and the text for the perplexity."""
     from editunlearn.evaluation.suites.facts import Request
     from editunlearn.facts.text import documents
+    from editunlearn.general import general_facts, without
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import general_facts, without
 
     if not isinstance(data, Request):
         return data

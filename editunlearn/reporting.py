@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from editunlearn.artifacts import atomic_dir, atomic_write_json, atomic_write_text
 from editunlearn.cli import try_command
 from editunlearn.errors import InputError
+from editunlearn.general import without
 from editunlearn.pipeline import (
     DERIVED,
     FILES,
@@ -22,7 +23,6 @@ from editunlearn.pipeline import (
     finish,
     make_room,
     result_rows,
-    without,
 )
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from editunlearn import hparams_easyedit
 from editunlearn.errors import InputError
-from editunlearn.hparams import load_hparams, resolved
+from editunlearn.hparams import easyedit, load_hparams, resolved
 
 MODULES = {
     "rewrite_module_tmp": "transformer.h.{}.mlp.fc_out",
@@ -60,7 +59,7 @@ EASYEDIT = {
 
 def problems(source: Any) -> list[str]:
     with pytest.raises(InputError) as caught:
-        hparams_easyedit.read(source)
+        easyedit.read(source)
     return caught.value.problems
 
 
@@ -80,7 +79,7 @@ def test_the_original_json_files_equal_our_published_files(tmp_path: Path, metho
 
 @pytest.mark.parametrize("theirs", [ROME, MEMIT, EMMET, ALPHAEDIT, EASYEDIT])
 def test_every_key_of_theirs_is_in_the_table(theirs: dict[str, Any]) -> None:
-    translation = hparams_easyedit.read(theirs)
+    translation = easyedit.read(theirs)
     shown = [row.theirs for row in translation.rows]
     assert sorted(key for key in shown if not key.startswith("(")) == sorted(theirs)
     assert all(
@@ -103,33 +102,33 @@ def test_yaml_with_alg_name(tmp_path: Path) -> None:
 
 
 def test_no_second_moment_means_no_text() -> None:
-    rows = {row.theirs: row.ours for row in hparams_easyedit.read(EASYEDIT).rows}
+    rows = {row.theirs: row.ours for row in easyedit.read(EASYEDIT).rows}
     assert rows["mom2_adjustment"].startswith("moments.text; no second moment")
     assert rows["mom2_dataset"] == "ignored: mom2_adjustment is false, so no text is read"
-    with_text = hparams_easyedit.read({**EASYEDIT, "mom2_adjustment": True}).mapping
+    with_text = easyedit.read({**EASYEDIT, "mom2_adjustment": True}).mapping
     assert with_text["moments"]["text"] == "wikimedia/wikipedia:20231101.en:train"
 
 
 def test_steps_are_updates() -> None:
-    translation = hparams_easyedit.read(MEMIT)
+    translation = easyedit.read(MEMIT)
     row = next(row for row in translation.rows if row.theirs == "v_num_grad_steps")
     assert row.value == 25 and row.ours.startswith("value.steps; 25 means at most 24 updates")
     assert translation.mapping["value"]["steps"] == 24
 
 
 def test_what_they_always_do_is_listed() -> None:
-    translation = hparams_easyedit.read(ALPHAEDIT)
+    translation = easyedit.read(ALPHAEDIT)
     always = {row.ours: row.value for row in translation.rows if row.theirs == "(always theirs)"}
     assert always["value.scale"] == "absolute" and always["refine"] is None
     assert always["value.spread"] == "residual" and always["value.penalty"] == "norm"
     assert always["value.kl_on"] == "subject" and always["nullspace.relative"] is False
-    assert hparams_easyedit.read(ROME).mapping["value"]["spread"] == "joint"  # its value is of the MLP's output
+    assert easyedit.read(ROME).mapping["value"]["spread"] == "joint"  # its value is of the MLP's output
     assert ("(no alg_name)", "method; alphaedit") in [(row.theirs, row.ours) for row in translation.rows]
 
 
 def test_emmet_lambda_has_their_default() -> None:
-    assert hparams_easyedit.read(without(EMMET, "emmet_lambda")).mapping["ridge"] == 0.1
-    assert hparams_easyedit.read({**without(EMMET, "emmet_lambda"), "lambda": 0.5}).mapping["ridge"] == 0.5
+    assert easyedit.read(without(EMMET, "emmet_lambda")).mapping["ridge"] == 0.1
+    assert easyedit.read({**without(EMMET, "emmet_lambda"), "lambda": 0.5}).mapping["ridge"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -146,18 +145,18 @@ def test_emmet_lambda_has_their_default() -> None:
     ],
 )
 def test_ignored_keys_have_a_reason(extra: dict[str, Any], reason: str) -> None:
-    rows = {row.theirs: row.ours for row in hparams_easyedit.read({"alg_name": "MEMIT", **MEMIT, **extra}).rows}
+    rows = {row.theirs: row.ours for row in easyedit.read({"alg_name": "MEMIT", **MEMIT, **extra}).rows}
     assert rows[next(iter(extra))].startswith(reason)
 
 
 def test_a_weight_that_alphaedit_does_not_use() -> None:
-    rows = {row.theirs: row.ours for row in hparams_easyedit.read(ALPHAEDIT).rows}
+    rows = {row.theirs: row.ours for row in easyedit.read(ALPHAEDIT).rows}
     assert rows["mom2_update_weight"] == "ignored: AlphaEdit itself does not use it"
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("subject_first", "first"), ("last", "prompt_last")])
 def test_fact_tokens(theirs: str, ours: str) -> None:
-    assert hparams_easyedit.read({**MEMIT, "fact_token": theirs}).mapping["subject_token"] == ours
+    assert easyedit.read({**MEMIT, "fact_token": theirs}).mapping["subject_token"] == ours
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ class Trainer:
         return [fact * self.contexts + k for fact in facts for k in range(self.contexts)]
 
     def loss(self, update: Tensor, facts: Sequence[int], *, grad: bool = False) -> float:
-        """Loss of a group of facts (paper, eq. 6): NLL of the targets, mean over tokens and then rows, and the margin.
+        """Loss of a group of facts (WISE): NLL of the targets, mean over tokens and then rows, and the margin.
 
         Args:
             update: (d_out, d_in) float32; with ``grad`` the gradient is added to its own.

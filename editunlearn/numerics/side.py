@@ -15,7 +15,7 @@ Merge = Literal["ties", "magnitude", "linear"]
 
 
 def activation(inputs: Tensor, update: Tensor, where: Tensor) -> Tensor:
-    """How much an update does to each sequence (paper, eq. 3), (rows,): mean over its tokens of ``norm(U x)``.
+    """How much an update does to each sequence (routing activation), (rows,): mean over its tokens of ``norm(U x)``.
 
     Args:
         inputs: (rows, length, d_in).
@@ -28,7 +28,7 @@ def activation(inputs: Tensor, update: Tensor, where: Tensor) -> Tensor:
 
 
 def margin(inside: Tensor, outside: Tensor, low: float, high: float, gap: float) -> Tensor:
-    """Hinge loss of activations (paper, eq. 5): of edited prompts above ``high``, of others below ``low``, and ``gap``
+    """Hinge loss of activations (WISE): of edited prompts above ``high``, of others below ``low``, and ``gap``
     between each two.
 
     Each term is the mean over those that break its bound: one prompt that is woken matters, however many are not.

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from editunlearn.errors import InputError
-from editunlearn.hparams_yaml import Document, Keys
-from editunlearn.hparams_yaml import read as read_document
+from editunlearn.hparams.documents import Document, Keys
+from editunlearn.hparams.documents import read as read_document
 from editunlearn.naming import did_you_mean
 
 ALGORITHMS: Mapping[str, str] = {

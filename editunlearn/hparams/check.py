@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 
 from editunlearn import editors
 from editunlearn.errors import InputError
-from editunlearn.hparams import MethodHParams
-from editunlearn.hparams_yaml import Document, Keys, parse_set, place_of
+from editunlearn.hparams.documents import Document, Keys, parse_set, place_of
+from editunlearn.hparams.methods import MethodHParams
 from editunlearn.naming import did_you_mean, nearest
 
 OVERRIDES = "overrides"
