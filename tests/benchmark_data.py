@@ -75,6 +75,7 @@ FILES: dict[str, Any] = {
             "rephrase": "What is the place of birth of Ana Petrova?",
             "loc": "nq question: who wrote the book",
             "loc_ans": "Marie Curie",
+            "portability": {"New Question": "In which country was Ana Petrova born?", "New Answer": "Peru"},
         }
     ],
 }

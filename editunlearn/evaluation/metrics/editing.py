@@ -21,4 +21,14 @@ DEFINITIONS = (
         "measured against the true answer, not against what the unedited model says: see its own column.",
     ),
     Definition("locality_gen", "higher", 0, 1, "share of prompts beside whose decoded text has the true answer"),
+    Definition(
+        "portability_tf",
+        "higher",
+        0,
+        1,
+        "as locality_tf, on questions that take one more step from the new answer (zsRE with portability)",
+        "arXiv 2305.13172",
+        "only for edits to new answers (--targets counterfactual): from a refusal nothing follows.",
+    ),
+    Definition("portability_gen", "higher", 0, 1, "share of those questions whose decoded text has their answer"),
 )

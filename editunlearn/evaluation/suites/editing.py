@@ -5,6 +5,8 @@ from __future__ import annotations
 from editunlearn.evaluation.results import Measured, Value
 
 EFFICACY, GENERALIZATION, LOCALITY = PARTS = ("efficacy", "generalization", "locality")
+PORTABILITY = "portability"
+"""What follows from the new answer, in the benchmarks that ask for it."""
 
 
 def editing_totals(measured: Measured, *, teacher_forced: str, kept: str) -> dict[str, Value]:
@@ -19,6 +21,7 @@ def editing_totals(measured: Measured, *, teacher_forced: str, kept: str) -> dic
     for name in (EFFICACY, GENERALIZATION):
         found[f"{name}_tf"] = Value.mean([1 - value for value in measured.values(name, teacher_forced)])
         found[f"{name}_gen"] = Value.mean([1 - value for value in measured.values(name, "leak")])
-    found[f"{LOCALITY}_tf"] = Value.mean(measured.values(LOCALITY, teacher_forced))
-    found[f"{LOCALITY}_gen"] = Value.mean(measured.values(LOCALITY, kept))
+    for name in (LOCALITY, *(part for part in (PORTABILITY,) if part in measured.parts)):
+        found[f"{name}_tf"] = Value.mean(measured.values(name, teacher_forced))
+        found[f"{name}_gen"] = Value.mean(measured.values(name, kept))
     return found

@@ -1,4 +1,8 @@
-"""zsRE (Levy et al. 2017, as packed by MEND, arXiv 2110.11309): questions, rephrased ones, and unrelated ones."""
+"""zsRE (Levy et al. 2017, as packed by MEND, arXiv 2110.11309): questions, rephrased ones, and unrelated ones.
+
+Files with ``portability`` (Yao et al. 2023, arXiv 2305.13172) also have a question one step of reasoning further
+from the new answer; it is asked where there is one.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
-from editunlearn.evaluation.suites.editing import EFFICACY, GENERALIZATION, LOCALITY, editing_totals
+from editunlearn.evaluation.suites.editing import EFFICACY, GENERALIZATION, LOCALITY, PORTABILITY, editing_totals
 from editunlearn.lm.tokens import wrap
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ def read(which: str, source: Source) -> list[Record]:
 
 
 def parts(lm: LM, data: Sequence[Record]) -> list[Part]:
-    """The questions, rephrased, and unrelated ones."""
+    """The questions, rephrased, unrelated ones, and ones that follow from the new answer."""
 
     def probe(record: Record, question: str, answers: Sequence[str]) -> Probe:
         question = question.strip()
@@ -43,9 +47,16 @@ def parts(lm: LM, data: Sequence[Record]) -> list[Part]:
         for name, key in asked.items()
     ]
     unrelated = [probe(r, f"{str(r['loc']).removeprefix(UNRELATED)}?", [str(r["loc_ans"])]) for r in data]
-    return [*made, Part(LOCALITY, unrelated, METRICS, TOKENS)]
+    steps = [r["portability"] for r in data if r.get("portability")]
+    further = [
+        probe({"subject": ""}, str(step["New Question"]), [str(step["New Answer"])])
+        for step in steps
+        if step.get("New Question") and step.get("New Answer")
+    ]
+    beside = {LOCALITY: unrelated, PORTABILITY: further}
+    return [*made, *(Part(name, probes, METRICS, TOKENS) for name, probes in beside.items() if probes)]
 
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
-    """Efficacy and generalization of forgetting, locality of the rest; all better when higher."""
+    """Efficacy and generalization of forgetting, locality, and portability of new answers; all better when higher."""
     return editing_totals(measured, teacher_forced="exact_memorization", kept="leak")
