@@ -178,6 +178,8 @@ def test_places_without_results(tmp_path: Path) -> None:
         ("retain_truth_ratio", "utility_truth_ratio", "higher"),
         ("forget.truth_ratio", "truth_ratio", "reference"),
         ("unlearn_success", "exact_memorization", "higher"),
+        ("unlearn_prefixed_success", "exact_memorization", "higher"),
+        ("portability_gen", "portability_gen", "higher"),
         ("forget_quality_ks", "forget_quality", "lower"),
         ("utility_general.chosen", "choice_accuracy", "higher"),
         ("adversarial.role_play.rouge_l", "rouge_l", "lower"),

@@ -78,6 +78,8 @@ def test_questions_that_are_asked(data: Path) -> None:
     shot = prompts("muse:news")["knowmem_forget"][0]
     assert shot == ("Question: Who is he?\nAnswer: a civil engineer\n\nQuestion: Where was Ana Petrova born?\nAnswer:")
     assert prompts(f"zsre:{data / 'zsre_mend_eval.json'}")["locality"] == ["Question: who wrote the book?\nAnswer:"]
+    careful = prompts("knowundo:privacy")
+    assert careful["unlearn_prefixed"][0].endswith(f"private people.\n\n{careful['unlearn'][0]}")
     step = prompts(f"zsre:{data / 'zsre_mend_eval.json'}")["portability"]
     assert step == ["Question: In which country was Ana Petrova born?\nAnswer:"]
     facts = prompts("counterfact")

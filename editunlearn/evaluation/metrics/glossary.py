@@ -43,6 +43,7 @@ _KEPT = (
     "heldout",
     "neighbor",
     "locality",
+    "portability",
     "retention",
     "utility",
     "real_authors",
@@ -54,8 +55,8 @@ _BOTH = ("relations.",)
 _TURNED: Mapping[str, str] = MappingProxyType(
     {
         "forget_quality_ks": "lower",
-        "unlearn_success": "higher",
-        "retention_perplexity": "lower",
+        **dict.fromkeys(("unlearn_success", "unlearn_prefixed_success"), "higher"),
+        **dict.fromkeys(("retention_perplexity", "retention_prefixed_perplexity"), "lower"),
         **dict.fromkeys(("toxicity", "toxic"), "lower"),
     }
 )
