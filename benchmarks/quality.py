@@ -114,7 +114,7 @@ def edit(
     general = general_facts(lm, [*filled, *heldout], retain, cache, console)
     start = time.perf_counter()
     request = ForgetRequest(tuple(filled), tuple(retain), tuple(general.known), tuple(general.names))
-    delta = editors.fit(lm, request, hp, cache=cache, console=console)
+    delta = editors.fit(lm, request, hp, cache=cache, console=console, target_strategy=targets)
     seconds = time.perf_counter() - start
     sites = delta.manifest.sites  # a memory changes no weights, which have no norm and no gain then
     norms = {name: round(norm, 4) for name, site in sites.items() if (norm := getattr(site, "relative_norm", None))}
@@ -149,7 +149,9 @@ def main() -> None:
     args = p.parse_args()
     lm = load(args.model)
     facts = load_facts(args.facts)
-    facts = [f for f, known in zip(facts, known_by(lm, facts, None), strict=True) if known]
+    known = known_by(lm, facts, None)
+    unknown = [f for f, knows in zip(facts, known, strict=True) if not knows]
+    facts = [f for f, knows in zip(facts, known, strict=True) if knows]
     text = wikitext(args.text, lm)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
     done.setdefault("commands", [])
@@ -176,7 +178,7 @@ def main() -> None:
                 continue
             delta, cost = edit(lm, config, parts, args)
             if args.keep:
-                keep(args.keep / f"{slug(config['name'])}-{seed}", delta, parts)
+                keep(args.keep / f"{slug(config['name'])}-{seed}", delta, parts, never_knew(unknown, parts, seed))
             with delta.applied(lm):
                 scores = score(lm, parts, text)
             kept = scores["heldout_accuracy"] / base["heldout_accuracy"]
@@ -192,12 +194,18 @@ def main() -> None:
     save(args.out, done)
 
 
-def keep(folder: Path, delta: Any, parts: tuple[list[Fact], list[Fact], list[Fact]]) -> None:
+def never_knew(unknown: list[Fact], parts: tuple[list[Fact], list[Fact], list[Fact]], seed: int) -> list[Fact]:
+    """As many facts as are forgotten that the model never knew, of other subjects: nothing can be relearned."""
+    taken = {comparable(f.subject) for part in parts for f in part}
+    return split([f for f in unknown if comparable(f.subject) not in taken], (len(parts[0]), 0, 0), seed)[0]
+
+
+def keep(folder: Path, delta: Any, parts: tuple[list[Fact], list[Fact], list[Fact]], unknown: list[Fact]) -> None:
     """The edit, and its facts as files that ``evaluate`` reads."""
     from editunlearn.deltas import files
 
     files.save(delta, folder)
-    for name, facts in zip(("forget", "retain", "heldout"), parts, strict=True):
+    for name, facts in zip(("forget", "retain", "heldout", "unknown"), (*parts, unknown), strict=True):
         fields = ("id", "prompt", "answer", "subject", "question", "paraphrases", "aliases")
         rows = [{k: v for k in fields if (v := getattr(fact, k))} for fact in facts]
         atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -155,7 +155,7 @@ def _is_facts(suite: str) -> bool:
 def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequence[Treatment]) -> tuple[Any, Any]:
     """Facts with the targets that the first edit was made with, and retain facts."""
     from editunlearn.facts.readers import load_facts
-    from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets
+    from editunlearn.facts.targets import DEFAULT_TARGETS, asked_with, fill_targets
 
     for treatment in treatments:
         missing = [name for name in treatment.needs if getattr(args, name) is None]
@@ -168,7 +168,7 @@ def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequen
     retain = load_facts(args.retain, data_root=args.data_root, conflicts="first") if args.retain else []
     made = deltas[0].manifest if deltas else None
     seed = int(made.hparams.get("seed", 0)) if made is not None else 0
-    how = args.targets or (made.target_strategy if made is not None else None) or DEFAULT_TARGETS
+    how = args.targets or (asked_with(made.target_strategy) if made is not None else DEFAULT_TARGETS)
     return fill_targets(facts, how, seed=seed, pool=[*facts, *retain] if how == "random" else None), retain
 
 

@@ -9,7 +9,7 @@ import pytest
 from editunlearn.errors import InputError
 from editunlearn.facts.records import Fact, ForgetRequest, Neighbor, answers, content_hash
 from editunlearn.facts.refusals import load_refusals
-from editunlearn.facts.targets import fill_targets, strategy
+from editunlearn.facts.targets import asked_with, fill_targets, strategy
 
 
 def _fact(name: str, answer: str, relation: str | None = None, target: str | None = None) -> Fact:
@@ -130,3 +130,19 @@ def test_the_strategy_says_where_targets_come_from() -> None:
         return strategy(facts, "empty")
 
     assert (named(None, None), named("x", None), named("x", "y")) == ("empty", "empty+counterfactual", "counterfactual")
+
+
+@pytest.mark.parametrize(
+    ("made", "asked"),
+    [
+        ("refusal", "refusal"),
+        ("self+counterfactual", "self"),
+        ("refusal+empty", "refusal"),
+        ("refusal:Yes + no.+counterfactual", "refusal:Yes + no."),
+        ("counterfactual", "counterfactual"),
+    ],
+)
+def test_a_strategy_can_be_asked_for_again(made: str, asked: str) -> None:
+    assert asked_with(made) == asked
+    fact = Fact("a", "A is in", "B", "A", 0, target=" C")
+    assert fill_targets([fact], asked_with(made), seed=0) == [fact]

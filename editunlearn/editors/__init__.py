@@ -77,7 +77,7 @@ def fit(
     cache: Path | None = None,
     console: Console | None = None,
     store_facts: bool = False,
-    target_strategy: str = "given",
+    target_strategy: str = "counterfactual",
 ) -> Delta:
     """The change that makes the model say each fact's target; the model itself is not changed.
 
@@ -119,7 +119,7 @@ def run(
     cache: Path | None = None,
     console: Console | None = None,
     store_facts: bool = False,
-    target_strategy: str = "given",
+    target_strategy: str = "counterfactual",
 ) -> tuple[Delta, PastKeys]:
     """Like :func:`fit`, with the past keys that a next edit needs."""
     from editunlearn.console import Console

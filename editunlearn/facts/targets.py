@@ -62,6 +62,12 @@ def strategy(facts: Sequence[Fact], spec: str) -> str:
     return "counterfactual" if own == len(facts) else f"{spec}+counterfactual"
 
 
+def asked_with(made: str) -> str:
+    """The ``spec`` that led to a strategy, which may be one of several requests: that of the first."""
+    spec = made.removesuffix("+counterfactual")
+    return spec if spec.startswith("refusal:") else spec.partition("+")[0]
+
+
 def _chooser(facts: Sequence[Fact], spec: str, seed: int, pool: Sequence[Fact] | None) -> Callable[[Fact], str]:
     kind, colon, text = spec.partition(":")
     if kind == "refusal" and colon:
