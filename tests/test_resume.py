@@ -108,6 +108,18 @@ def test_values_are_those_of_the_plain_way(
     assert relative(resumed.change, plain.change) < 1e-2 and relative(resumed.loss, plain.loss) < 1e-3
 
 
+def test_a_subject_at_the_very_start_does_not_slow_the_others(text: str) -> None:
+    lm = tiny.lm("gpt2", add_bos=False)
+    hp = settings("memit", text, "value.steps=2", "subject_token=first")
+    asked = request((2, 0))
+    rows = contexts.forget_rows(lm, asked.facts, ["It is. "], hp)
+    problems = contexts.problems(lm, asked.facts, rows, asked.retain, hp)
+    assert problems[0].rows[0].lookup == 0
+    warnings: list[str] = []
+    values.optimise(lm, problems, [lm.layout.site(1).name], hp.value, warn=warnings.append)
+    assert warnings == []
+
+
 def test_a_model_that_cannot_be_resumed_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.lm("llama")
     assert resumable(lm, Row((5, 6, 7, 8), 0, 2), 1) == "nothing stands before the subjects"

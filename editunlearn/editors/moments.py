@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ WINDOWS = 8
 SORTED = 512
 """Windows that are sorted by length among themselves: short documents cost hardly any padding, and reading stays in
 order by and large."""
-CHECKPOINT = 50
-"""Forward passes between two checkpoints of an unfinished measurement."""
+CHECKPOINT = 30.0
+"""Seconds between two checkpoints of an unfinished measurement: the sums of a large model take seconds to write."""
 
 
 def tokenizer_hash(lm: LM) -> str:
@@ -114,7 +115,7 @@ def _measure(
 ) -> dict[str, Tensor]:
     sums: dict[str, SecondMoment] = {}
     batches = _batches(pieces)
-    done = 0
+    done, saved = 0, time.monotonic()
     if kept := partial.get("partial"):
         done = int(kept["batches"])
         for site in sites:
@@ -124,10 +125,11 @@ def _measure(
     with console.progress(sum(len(p) for b in batches[done:] for p in b), "second moments (tokens)") as bar:
         for number, part in enumerate(batches[done:], done + 1):
             bar.update(add_windows(lm, sites, sums, part, console.warn))
-            if number % CHECKPOINT == 0 and number < len(batches):
+            if time.monotonic() - saved >= CHECKPOINT and number < len(batches):
                 state = {name: running.total for name, running in sums.items()}
                 counts = {"batches": torch.tensor(number), "tokens": torch.tensor(sums[sites[0].name].count)}
                 partial.put("partial", {**state, **counts})
+                saved = time.monotonic()
     return {name: running.mean().float().cpu() for name, running in sums.items()}
 
 

@@ -64,7 +64,7 @@ def optimise(
     results: dict[int, Values] = {}
     first = min(map(lm.layout.layer_of, modules))
     way: Way = Tail if replacing is None or replacing.where == "last" else Upper
-    why = resumable(lm, problems[0].rows[0], first, way) if problems else ""
+    why = resumable(lm, _telling(problems), first, way) if problems else ""
     head = Head(lm)
     if why:
         warn(f"values: all tokens go through all blocks at every step, because {why}")
@@ -83,6 +83,11 @@ def optimise(
     sizes = [max(len(r.ids) for r in p.rows + p.pinned) * (len(p.rows) + len(p.pinned)) for p in problems]
     halving(by_length(sizes, tokens), run, warn)
     return Values.of([results[i] for i in range(len(problems))])
+
+
+def _telling(problems: Sequence[Problem]) -> Row:
+    """A row with a token before its subject, if there is one: the others have nothing that could be resumed."""
+    return next((row for problem in problems for row in problem.rows if row.lookup), problems[0].rows[0])
 
 
 class _Together:
