@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from editunlearn.evaluation.states import State
     from editunlearn.evaluation.suites import Module, Part, Source
     from editunlearn.evaluation.treatments import Treatment
+    from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
 
 EXAMPLES = """\
@@ -52,8 +53,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TREATMENT",
-        help="also after this was done to it: bf16, int8, int4, nf4, relearn:STEPS, relearn-lora:STEPS, "
-        "relearn-retain:STEPS, subspace:DIRECTIONS",
+        help="also after this was done to it: bf16, int8, int4, nf4, subspace:DIRECTIONS, relearn, "
+        "relearn-lora or relearn-retain[:STEPS[:LEARNING_RATE[:SEED]]]",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="of relearning, of sampling and of what attacks draw (default: 0)"
     )
     p.add_argument("--facts", help="what was to be forgotten, for the suite facts")
     p.add_argument("--retain", help="what was to be kept, for the suite facts")
@@ -114,9 +118,9 @@ def plan(args: argparse.Namespace) -> Plan:
 
     checks = Checks()
     deltas = _deltas(args, checks)
-    treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text)))]  # type: ignore[misc]
+    treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text, args.seed)))]  # type: ignore[misc]
     facts = checks.run(lambda: _facts(args, deltas, treatments))  # None: they are bad, which has been said
-    source = suites.Source(args.data_root, args.limit, *(facts or ((), ())))
+    source = suites.Source(args.data_root, args.limit, *(facts or ((), ())), args.seed)
     if args.limit is not None and args.limit < 1:
         checks.run(lambda: _refuse(f"--limit {args.limit}: at least 1."))
     found: dict[str, tuple[Module, Any]] = {}
@@ -221,7 +225,7 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
         with state.on(lm, facts, retain):
             for name, (file, _) in made.suites.items():
                 place = args.out / state.label / slug(name) / results.FILE
-                about = _about(args, lm, weights, name, state)
+                about = _about(args, lm, weights, name, state, state.taught(facts, retain))
                 run = Run(place, about, made.references.get(name), args.fresh, args.no_text and _is_facts(name))
                 found[name][state.label] = run.measure(lm, file, asked[name][_halves(state)], console)
                 if name.startswith("tofu"):
@@ -274,9 +278,12 @@ def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) ->
     )
 
 
-def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: State) -> dict[str, Any]:
+def _about(
+    args: argparse.Namespace, lm: LM, weights: str, suite: str, state: State, taught: Sequence[Fact]
+) -> dict[str, Any]:
     from editunlearn import __version__
     from editunlearn.editors.moments import tokenizer_hash
+    from editunlearn.facts.records import content_hash
     from editunlearn.pipeline import environment
     from editunlearn.workspace import key_of
 
@@ -289,7 +296,12 @@ def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: St
         "delta": delta.tensors_sha256 if delta else None,
         "under": str(state.under) if state.under else None,
     }
-    more = {"version": __version__, "tokenizer": tokenizer_hash(lm), "torch": versions["torch"]}
+    more = {
+        "version": __version__,
+        "tokenizer": tokenizer_hash(lm),
+        "torch": versions["torch"],
+        "taught": content_hash(taught),
+    }
     key = key_of({**depends, **more, "transformers": versions["transformers"]})
     about = {
         "label": state.label,

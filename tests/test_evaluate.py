@@ -194,22 +194,37 @@ def test_relearning_is_measured_on_facts_it_was_not_shown(world: World, tmp_path
     assert done.code == 0, done.err
     assert "subspace:1 is left out for base" in done.err
     by_label = json.loads(done.out)["facts"]
-    treated = ["relearn-2", "relearn-lora-2", "relearn-retain-5"]
+    treated = ["relearn-2-0.0001", "relearn-lora-2-0.001", "relearn-retain-5-0.0001"]
     labels = [f"{state}-{more}" for state in ("base", "edit") for more in treated]
     assert set(by_label) == {"base", "edit", *labels, "edit-subspace-1"}
     asked = {label: summary["leak_gen"]["items"] for label, summary in by_label.items()}
-    assert asked["edit"] == asked["edit-relearn-retain-5"] == asked["edit-subspace-1"] == 2
-    assert asked["edit-relearn-2"] == asked["edit-relearn-lora-2"] == asked["base-relearn-2"] == 1
-    assert results(tmp_path / "runs" / "edit-relearn-2" / "facts")["under"] == "relearn:2"
+    assert asked["edit"] == asked["edit-relearn-retain-5-0.0001"] == asked["edit-subspace-1"] == 2
+    assert [asked[f"edit-{treated[0]}"], asked[f"edit-{treated[1]}"], asked[f"base-{treated[0]}"]] == [1, 1, 1]
+    kept = results(tmp_path / "runs" / "edit-relearn-2-0.0001" / "facts")
+    assert kept["under"] == "relearn:2:0.0001"
     probability = {label: summary["retain.answer_probability"]["value"] for label, summary in by_label.items()}
-    assert probability["edit-relearn-2"] != probability["edit"]  # it was trained
+    assert probability["edit-relearn-2-0.0001"] != probability["edit"]  # it was trained
     page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
     assert page.code == 0 and "asked different things" not in (tmp_path / "page" / "report.md").read_text()
 
 
+def test_results_of_other_seeds_and_other_lessons_are_not_taken(world: World, tmp_path: Path) -> None:
+    def keys(*more: str) -> tuple[str, str]:
+        done = call("evaluate", *flags(world, tmp_path, "--under", "relearn-retain:1", *more))
+        assert done.code == 0, done.err
+        folders = sorted(tmp_path.glob("base*"), key=lambda p: p.stat().st_mtime_ns)
+        treated = max((p for p in folders if p.name != "base"), key=lambda p: (p / "facts").stat().st_mtime_ns)
+        return results(tmp_path / "base" / "facts")["key"], results(treated / "facts")["key"]
+
+    first, seeded = keys(), keys("--seed", "1")
+    runs.write_lines(tmp_path / "other.jsonl", runs.RETAIN[:1])
+    other = keys("--retain", str(tmp_path / "other.jsonl"))
+    assert first[0] == seeded[0] == other[0] and len({first[1], seeded[1], other[1]}) == 3
+
+
 def test_relearning_needs_facts(world: World, tmp_path: Path) -> None:
     done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "wmdp:bio", "--under", "relearn", facts=False))
-    assert done.code == 2 and "--under relearn:5 trains on facts: give --facts FILE" in done.err
+    assert done.code == 2 and "--under relearn:5:0.0001 trains on facts: give --facts FILE" in done.err
 
 
 def test_a_delta_of_another_model_is_refused(world: World, tmp_path: Path) -> None:

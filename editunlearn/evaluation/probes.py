@@ -76,11 +76,13 @@ class Decoding:
         tokens: at most.
         stops: what ends an answer, itself cut off; leading space does not count.
         top_k: sample among so many tokens; 0: greedy.
+        seed: of the samples.
     """
 
     tokens: int = 24
     stops: tuple[str, ...] = ()
     top_k: int = 0
+    seed: int = 0
 
     def cut(self, text: str) -> str:
         """The text up to the first stop."""
@@ -119,7 +121,7 @@ class Look:
         if "text" not in self.needs or not asked:
             return [None] * len(probes)
         how = self.decoding
-        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, done=self.progress))
+        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, seed=how.seed, done=self.progress))
         return [None if p.prompt is None else self.decoding.cut(next(said)) for p in probes]
 
     def _losses(

@@ -36,6 +36,10 @@ class State:
     delta: Delta | None
     under: Treatment | None
 
+    def taught(self, facts: Sequence[Fact], retain: Sequence[Fact]) -> Sequence[Fact]:
+        """What the model is fine-tuned on, of the same facts that :meth:`on` is given."""
+        return self.under.shown(facts, retain) if self.under is not None else ()
+
     def on(self, lm: LM, facts: Sequence[Fact], retain: Sequence[Fact]) -> AbstractContextManager[Any]:
         """The model is in this state inside; ``facts`` and ``retain`` are what an attacker may train on."""
         if self.under is not None:

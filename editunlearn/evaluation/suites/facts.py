@@ -48,6 +48,7 @@ class Request:
         text: passages for the perplexity.
         attacks: ask in other ways too.
         all_facts, all_retain: the same without a limit, which decide what was held out.
+        seed: of sampling, and of what an attack draws.
     """
 
     facts: Sequence[Fact]
@@ -57,6 +58,7 @@ class Request:
     attacks: bool = False
     all_facts: Sequence[Fact] = ()
     all_retain: Sequence[Fact] = ()
+    seed: int = 0
 
 
 def read(which: str, source: Source) -> Request:
@@ -72,6 +74,7 @@ def read(which: str, source: Source) -> Request:
         attacks=which == "attacks",
         all_facts=facts,
         all_retain=retain,
+        seed=source.seed,
     )
 
 
@@ -88,7 +91,9 @@ def parts(lm: LM, data: Request) -> list[Part]:
     }
     if data.attacks:
         for name in ATTACKS:
-            variants = [(f, v) for f in facts for v in ATTACKS[name](f, data.retain, random.Random(f.id))]
+            variants = [
+                (f, v) for f in facts for v in ATTACKS[name](f, data.retain, random.Random(f"{f.id} {data.seed}"))
+            ]
             asked[ATTACK + name] = [_variant(lm, f, v) for f, v in variants]
     kept = {
         "neighbors": [_neighbor(n.prompt, n.answer) for f in facts for n in f.neighbors],
@@ -98,7 +103,8 @@ def parts(lm: LM, data: Request) -> list[Part]:
     made = [Part(name, probes, FORGET, decoding) for name, probes in asked.items() if probes]
     if data.attacks:
         drawn = [probe(lm, f, f.prompt) for f in facts for _ in range(SAMPLES)]
-        made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), replace(decoding, top_k=TOP_K)))
+        sampled = replace(decoding, top_k=TOP_K, seed=data.seed)
+        made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), sampled))
         made.append(Inside("inside", asked["forget"], (), text=data.text))
     made += [Part(name, probes, KEEP, decoding) for name, probes in kept.items() if probes]
     known = [*kept["retain"], *kept["heldout"]]
