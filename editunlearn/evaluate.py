@@ -61,6 +61,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     p.add_argument("--facts", help="what was to be forgotten, for the suite facts")
     p.add_argument("--retain", help="what was to be kept, for the suite facts")
+    p.add_argument("--unknown", metavar="FILE", help="facts the model never knew: what relearning is compared with")
     p.add_argument("--targets", help="what the edit was to say instead, as for apply")
     p.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
     p.add_argument("--limit", type=int, help="of each part, only the first so many items")
@@ -120,7 +121,7 @@ def plan(args: argparse.Namespace) -> Plan:
     deltas = _deltas(args, checks)
     treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text, args.seed)))]  # type: ignore[misc]
     facts = checks.run(lambda: _facts(args, deltas, treatments))  # None: they are bad, which has been said
-    source = suites.Source(args.data_root, args.limit, *(facts or ((), ())), args.seed)
+    source = suites.Source(args.data_root, args.limit, *(facts or ((), ())))
     if args.limit is not None and args.limit < 1:
         checks.run(lambda: _refuse(f"--limit {args.limit}: at least 1."))
     found: dict[str, tuple[Module, Any]] = {}
@@ -131,8 +132,9 @@ def plan(args: argparse.Namespace) -> Plan:
             data = checks.run(lambda file=file, which=which: file.read(which, source))  # type: ignore[misc]
             found[name] = (file, data)
     names = [folder.resolve().name for folder in args.delta]
+    unknown = (checks.run(lambda: _unknown(args, source.facts, treatments)) if args.unknown else None) or []
     measured, left_out = checks.run(
-        lambda: states(list(zip(names, deltas, strict=False)), treatments, base=args.base)
+        lambda: states(list(zip(names, deltas, strict=False)), treatments, base=args.base, unknown=unknown)
     ) or ([], [])
     wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
     references = (checks.run(lambda: load_reference(args.reference, args.suite)) if args.reference else None) or {}
@@ -176,6 +178,14 @@ def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequen
     return fill_targets(facts, how, seed=seed, pool=[*facts, *retain] if how == "random" else None), retain
 
 
+def _unknown(args: argparse.Namespace, facts: Sequence[Fact], treatments: Sequence[Treatment]) -> list[Fact]:
+    from editunlearn.evaluation.never_knew import load_unknown
+
+    if not any(map(_is_facts, args.suite)):
+        raise InputError(f"--unknown {args.unknown} is asked by the suite facts: give --suite facts as well.")
+    return load_unknown(args.unknown, facts, treatments, data_root=args.data_root, limit=args.limit)
+
+
 def _deltas(args: argparse.Namespace, checks: Checks) -> list[Delta]:
     from editunlearn.deltas.files import load
 
@@ -197,7 +207,9 @@ def _main(argv: Sequence[str]) -> None:
         return
     found = measure(args, made, console)
     _show(found, made, console)
-    failed = [line for gate in made.gates for line in gate.failures(found)]
+    reference = {state.label for state in made.states if state.unknown}  # of it nothing is required
+    judged = {suite: {k: v for k, v in by.items() if k not in reference} for suite, by in found.items()}
+    failed = [line for gate in made.gates for line in gate.failures(judged)]
     if failed:
         raise GateError(failed)
 
@@ -217,37 +229,47 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     asked = _asked(lm, made, args, console)
     found: dict[str, dict[str, Any]] = {name: {} for name in made.suites}
     weights = model_fingerprint(lm)  # before anything is applied
-    for parts in (parts for of_suite in asked.values() for parts in of_suite.values()):
-        for part in parts:
+    for of_suite in asked.values():
+        for part in (part for parts in of_suite.values() for part in parts):
             part.prepare(lm)
     facts, retain = (of[: args.limit] for of in (made.source.facts, made.source.retain))
     for state in made.states:
         with state.on(lm, facts, retain):
             for name, (file, _) in made.suites.items():
+                if state.unknown and not _is_facts(name):
+                    continue
                 place = args.out / state.label / slug(name) / results.FILE
                 about = _about(args, lm, weights, name, state, state.taught(facts, retain))
                 run = Run(place, about, made.references.get(name), args.fresh, args.no_text and _is_facts(name))
-                found[name][state.label] = run.measure(lm, file, asked[name][_halves(state)], console)
+                found[name][state.label] = run.measure(lm, file, asked[name][_which(state)], console)
                 if name.startswith("tofu"):
                     _write_open_unlearning(place)
     return found
 
 
-def _halves(state: State) -> bool:
-    return state.under is not None and state.under.halves
+Which = tuple[bool, bool]
+"""Whether only half of the facts are asked, and whether facts that the model never knew are."""
 
 
-def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> dict[str, dict[bool, list[Part]]]:
-    """Parts of each suite: of all facts, and if need be of those that relearning does not show."""
+def _which(state: State) -> Which:
+    return state.halves, bool(state.unknown)
+
+
+def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> dict[str, dict[Which, list[Part]]]:
+    """Parts of each suite: of all facts, of those that relearning does not show, of facts that were never known."""
+    from editunlearn.evaluation.never_knew import unknown_part
     from editunlearn.evaluation.treatments import halves
 
-    found: dict[str, dict[bool, list[Part]]] = {}
+    found: dict[str, dict[Which, list[Part]]] = {}
     for name, (file, data) in made.suites.items():
         whole = _completed(lm, data, args, console)
-        found[name] = {False: file.parts(lm, whole)}
-        if any(map(_halves, made.states)):
+        found[name] = {(False, False): file.parts(lm, whole)}
+        if any(state.halves for state in made.states):
             half = replace(whole, facts=halves(whole.facts)[1]) if _is_facts(name) else whole
-            found[name][True] = file.parts(lm, half)
+            found[name][True, False] = file.parts(lm, half)
+        for state in (s for s in made.states if s.unknown and _is_facts(name)):
+            left = halves(state.unknown)[1] if state.halves else state.unknown
+            found[name][_which(state)] = [unknown_part(lm, left)]
     return found
 
 
@@ -274,7 +296,10 @@ def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) ->
     kept = without(data.all_retain, data.all_facts)
     general = general_facts(lm, data.all_facts, kept, args.cache_dir or default_cache_dir(), console)
     return replace(
-        data, heldout=general.heldout[: args.limit], text=list(documents("general", "heldout"))[: args.limit]
+        data,
+        heldout=general.heldout[: args.limit],
+        text=list(documents("general", "heldout"))[: args.limit],
+        seed=args.seed,
     )
 
 

@@ -49,7 +49,6 @@ class Source:
         data_root: folder with local copies of hub datasets; None: the hub.
         limit: of each part's items, the first so many; None: all.
         facts, retain: of ``--facts`` and ``--retain``.
-        seed: of what is drawn or sampled.
         notes: what could not be read and is left out.
     """
 
@@ -57,7 +56,6 @@ class Source:
     limit: int | None = None
     facts: Sequence[Fact] = ()
     retain: Sequence[Fact] = ()
-    seed: int = 0
     notes: list[str] = field(default_factory=list)
 
     def rows(

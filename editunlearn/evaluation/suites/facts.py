@@ -35,6 +35,8 @@ SAMPLES, TOP_K = 8, 50
 """Tries by sampling, and among how many tokens."""
 ATTACK = "attack_"
 """Before the name of an attack: the name of its part."""
+UNKNOWN = "unknown"
+"""The part of a state that is asked facts which the model never knew; it has no other."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ def read(which: str, source: Source) -> Request:
         attacks=which == "attacks",
         all_facts=facts,
         all_retain=retain,
-        seed=source.seed,
     )
 
 
@@ -163,6 +164,8 @@ def _neighbor(text: str, answer: str) -> Probe:
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
     """Short names for what is asked most, what each attack brought back, and perplexity."""
+    if UNKNOWN in measured.parts:
+        return {}
     found: dict[str, Value] = {
         "leak_gen": Value.mean(measured.values("forget", "leak")),
         "over_refusal": Value.mean(
