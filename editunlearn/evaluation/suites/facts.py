@@ -16,6 +16,7 @@ from torch import Tensor
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant
+from editunlearn.evaluation.attacks.splitting import split_subject
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.scoring import DISTRACTION, MARGIN, NEW_TOKENS
@@ -92,10 +93,10 @@ def parts(lm: LM, data: Request) -> list[Part]:
     }
     if data.attacks:
         for name in ATTACKS:
-            variants = [
-                (f, v) for f in facts for v in ATTACKS[name](f, data.retain, random.Random(f"{f.id} {data.seed}"))
-            ]
-            asked[ATTACK + name] = [_variant(lm, f, v) for f, v in variants]
+            draws = [random.Random(f"{f.id} {data.seed}") for f in facts]
+            variants = [(f, v) for f, d in zip(facts, draws, strict=True) for v in ATTACKS[name](f, data.retain, d)]
+            found = (_variant(lm, fact, variant) for fact, variant in variants)
+            asked[ATTACK + name] = [p for p in dict.fromkeys(found) if p is not None]  # two splits may be the same
     kept = {
         "neighbors": [_neighbor(n.prompt, n.answer) for f in facts for n in f.neighbors],
         "retain": [probe(lm, f, f.prompt) for f in data.retain],
@@ -154,8 +155,14 @@ def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool = F
     )
 
 
-def _variant(lm: LM, fact: Fact, variant: Variant) -> Probe:
-    return probe(lm, fact, variant.prompt, prefix=variant.prefix, question=variant.question)
+def _variant(lm: LM, fact: Fact, variant: Variant) -> Probe | None:
+    """None where the subject's tokens cannot be split."""
+    if variant.split is None:
+        return probe(lm, fact, variant.prompt, prefix=variant.prefix, question=variant.question)
+    subject = (fact.subject_start, fact.subject_end)
+    whole = wrap(lm, variant.prompt, subject, question=variant.question, prefix=variant.prefix)
+    split = split_subject(lm, whole, variant.split)
+    return None if split is None else replace(probe(lm, fact, variant.prompt), prompt=split)
 
 
 def _neighbor(text: str, answer: str) -> Probe:
