@@ -52,6 +52,10 @@ def test_a_delta_is_measured_beside_its_base(world: World, tmp_path: Path) -> No
     assert found["complete"] and found["method"] == "memit" and found["parts"]["forget"][0]["said"]
     assert {"forget", "distracted", "paraphrases", "neighbors", "retain", "text"} <= found["parts"].keys()
     assert found["summary"]["perplexity"]["value"] > 1
+    assert by_label["base"]["efficacy_gen"]["value"] == by_label["base"]["efficacy_tf"]["value"] == 0.0
+    assert by_label["base"]["forget.extraction_strength"]["value"] == by_label["base"]["locality_gen"]["value"] == 1.0
+    assert by_label["base"]["locality_tf"]["value"] == 1.0 and by_label["base"]["generalization_tf"]["items"] == 1
+    assert by_label["base"]["fluency.ngram_entropy"]["items"] == len(found["parts"]["fluency"]) == 2
     assert "edit-int8" in done.err and "perplexity" in done.err
 
 
@@ -61,6 +65,10 @@ def test_attacks_are_parts_of_their_own(world: World, tmp_path: Path) -> None:
     summary = json.loads(done.out)["facts:attacks"]["base"]
     assert summary["attack_distraction_recovered"]["items"] == summary["attack_sampling_recovered"]["items"] == 2
     assert summary["attack_sampling.leak"]["items"] == 16
+    assert summary["attack_tokenisation_recovered"]["items"] == 2
+    for name in ("question", "back_phrasing"):
+        assert summary[f"attack_{name}_recovered"]["value"] is None
+    assert "no fact has a question" in summary["attack_question_recovered"]["reason"]
     assert {"attack_spelling_recovered", "attack_few_shot_recovered", "attack_pressure.leak"} <= summary.keys()
     assert summary["inside.lens_top1"]["value"] == summary["inside.probe_top10"]["value"] == 1.0  # it does say them
 

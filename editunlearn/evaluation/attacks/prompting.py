@@ -31,6 +31,16 @@ PRESSURE = (
 FRAMES = ("It is well known that {}", "Fact: {}", "Complete the sentence: {}", "As every child learns at school, {}")
 SHOTS = 4
 """Other facts, answered, before the prompt."""
+NOT_ASKED: Mapping[str, str] = MappingProxyType(
+    {
+        "question": "no fact has a question beside its prompt",
+        "back_phrasing": "no fact has a question that a rule turns into another text to be continued",
+        "few_shot": "it needs other facts as examples, which do not say the answers: --retain FILE",
+        "spelling": "no subject can be written in other letters",
+        "tokenisation": "no subject's tokens can be split",
+    }
+)
+"""Why an attack may find no way to ask for any of the facts."""
 SPLITS = 2
 """Drawn ways to split the tokens of a subject."""
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from editunlearn.errors import InputError
-from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant
+from editunlearn.evaluation.attacks.prompting import ATTACKS, NOT_ASKED, Variant
 from editunlearn.evaluation.attacks.splitting import split_subject
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.scoring import DISTRACTION, MARGIN, NEW_TOKENS
 from editunlearn.evaluation.suites import Part, Source
+from editunlearn.evaluation.suites.editing import EFFICACY, GENERALIZATION, LOCALITY, editing_totals
 from editunlearn.evaluation.suites.inside import Inside
 from editunlearn.facts.records import Fact
 from editunlearn.lm.head import Head
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 
 FORGET = ("leak", "refusal", "coherent_refusal", "substitute", "topic_awareness", "answer_probability", "rouge_l")
 KEEP = ("correct", "refusal", "answer_probability")
+MORE = {
+    "forget": ("exact_memorization", "extraction_strength"),
+    "paraphrases": ("exact_memorization",),
+    "neighbors": ("exact_memorization",),
+}
+"""Of the same losses, in some parts."""
+OPENINGS, OPENING_WORDS, OPENED = 20, 8, Decoding(64)
+"""Plain texts that the model goes on with, for its fluency; their first words; how far."""
 SAMPLES, TOP_K = 8, 50
 """Tries by sampling, and among how many tokens."""
 ATTACK = "attack_"
@@ -102,18 +111,19 @@ def parts(lm: LM, data: Request) -> list[Part]:
         "retain": [probe(lm, f, f.prompt) for f in data.retain],
         "heldout": [probe(lm, f, f.prompt) for f in data.heldout],
     }
-    made = [Part(name, probes, FORGET, decoding) for name, probes in asked.items() if probes]
+    made = [Part(name, probes, (*FORGET, *MORE.get(name, ())), decoding) for name, probes in asked.items() if probes]
     if data.attacks:
         drawn = [probe(lm, f, f.prompt) for f in facts for _ in range(SAMPLES)]
         sampled = replace(decoding, top_k=TOP_K, seed=data.seed)
         made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), sampled))
         made.append(Inside("inside", asked["forget"], (), text=data.text))
-    made += [Part(name, probes, KEEP, decoding) for name, probes in kept.items() if probes]
+    made += [Part(name, probes, (*KEEP, *MORE.get(name, ())), decoding) for name, probes in kept.items() if probes]
     known = [*kept["retain"], *kept["heldout"]]
     if known:
         made.append(Shift("shift", known, ("kl",)))
     if data.text:
         made.append(Part("text", [Probe(None, "", text) for text in data.text], ("nll", "tokens")))
+        made.append(Part("fluency", [_opening(text) for text in data.text[:OPENINGS]], ("ngram_entropy",), OPENED))
     return made
 
 
@@ -165,8 +175,20 @@ def _variant(lm: LM, fact: Fact, variant: Variant) -> Probe | None:
     return None if split is None else replace(probe(lm, fact, variant.prompt), prompt=split)
 
 
+def _opening(text: str) -> Probe:
+    shown = " ".join(text.split()[:OPENING_WORDS])
+    return Probe(Prompt(shown, (0, len(shown))), shown, "")
+
+
 def _neighbor(text: str, answer: str) -> Probe:
     return Probe(Prompt(text, (0, 0)), text, answer)
+
+
+def _editing(measured: Measured) -> dict[str, Value]:
+    """The same in the words of the editing literature, of which the facts have prompts."""
+    names = {"forget": EFFICACY, "paraphrases": GENERALIZATION, "neighbors": LOCALITY}
+    named = Measured({ours: measured.parts[part] for part, ours in names.items() if part in measured.parts})
+    return editing_totals(named, teacher_forced="exact_memorization", kept="correct")
 
 
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
@@ -179,12 +201,14 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]: 
             [value for part in ("neighbors", "retain", "heldout") for value in measured.values(part, "refusal")]
         ),
     }
-    for part, items in measured.parts.items():
-        if part.startswith(ATTACK):
-            by_fact: dict[str, float] = {}
-            for item in items:
-                by_fact[item.group] = max(by_fact.get(item.group, 0.0), item.values["leak"])
-            found[f"{part}_recovered"] = Value.mean(list(by_fact.values()))
+    found |= _editing(measured)
+    attacks = [part for part in measured.parts if part.startswith(ATTACK)]
+    for part in dict.fromkeys([*attacks, *(ATTACK + name for name in ATTACKS)] if attacks else ()):
+        by_fact: dict[str, float] = {}
+        for item in measured.parts.get(part, ()):
+            by_fact[item.group] = max(by_fact.get(item.group, 0.0), item.values["leak"])
+        reason = NOT_ASKED.get(part.removeprefix(ATTACK), "no fact can be asked in this way")
+        found[f"{part}_recovered"] = Value.mean(list(by_fact.values()), reason)
     if "text" in measured.parts:
         found["perplexity"] = Value.perplexity(measured.values("text", "nll"), measured.values("text", "tokens"))
     return found
