@@ -129,13 +129,16 @@ class Look:
     ) -> list[tuple[TokenScores, ...]]:
         if need not in self.needs:
             return [()] * len(probes)
-        rows = [_row(lm, probe, text) for probe in probes for text in texts_of(probe)]
+        rows = [row_of(lm, probe, text) for probe in probes for text in texts_of(probe)]
         found = iter(token_scores(lm, rows, spread="spread" in self.needs, done=self.progress))
         return [tuple(next(found) for _ in texts_of(probe)) for probe in probes]
 
 
-def _row(lm: LM, probe: Probe, text: str) -> Row:
-    """What does not fit the model is cut: the beginning of a prompt, the end of a passage."""
+def row_of(lm: LM, probe: Probe, text: str) -> Row:
+    """A probe with ``text`` as its answer.
+
+    What does not fit the model is cut: the beginning of a prompt, the end of a passage.
+    """
     most = context_length(lm.model.config)
     if probe.prompt is not None:
         row = encode(lm, probe.prompt, text, "prompt_last")

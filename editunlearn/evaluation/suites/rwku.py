@@ -15,7 +15,7 @@ from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
 from editunlearn.evaluation.suites.choice import choice_probe
-from editunlearn.evaluation.suites.tofu import SCORES
+from editunlearn.evaluation.suites.membership import SCORES
 from editunlearn.lm.tokens import Prompt, wrap
 from editunlearn.naming import did_you_mean
 
