@@ -73,6 +73,7 @@ def test_questions_that_are_asked(data: Path) -> None:
 
     assert prompts("rwku")["fill_blank"][0].startswith("Question: Fill in the blank (___)")
     assert [len(found) for found in prompts("rwku:Marie Curie").values()][:5] == [2] * 5
+    assert prompts("rwku:Ana Petrova, Marie Curie") == prompts("rwku")
     choice = prompts("wmdp:bio")["wmdp_bio"][0]
     assert choice.startswith("The following are multiple choice questions (with answers) about biology.")
     assert choice.endswith("Which is a city?\nA. novel\nB. Paris\nC. river\nD. dog\nAnswer:")
@@ -104,8 +105,10 @@ def test_what_is_missing_is_left_out_or_refused(data: Path, tmp_path: Path) -> N
     (less / "MUSE-News" / "knowmem" / "forget_qa.json").write_text('[{"question": "Who?"}]', encoding="utf-8")
     with pytest.raises(InputError, match="no column 'answer', which this suite reads. There: question"):
         file.read(which, source)
-    with pytest.raises(InputError, match="rwku:Mary Curie: no such person. Did you mean 'Marie Curie'"):
+    with pytest.raises(InputError, match="rwku:Mary Curie: no such person: 'Mary Curie'. Did you mean 'Marie Curie'"):
         suites.module("rwku")[0].read("Mary Curie", Source(data))
+    with pytest.raises(InputError, match="no such person: 'Ana'"):
+        suites.module("rwku")[0].read("Marie Curie,Ana", Source(data))
     with pytest.raises(InputError, match="choose one of tofu:forget01, tofu:forget05"):
         suites.module("tofu:forget99")
     with pytest.raises(InputError, match="unknown suite 'tofo'. Did you mean 'tofu'"):

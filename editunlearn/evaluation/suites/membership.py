@@ -37,11 +37,10 @@ class Gradients(Part):
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
         """See :class:`Part`."""
         rows = [row_of(lm, p, p.answer) for p in self.probes]
-        open_ended = [
-            row if p.prompt is None else replace(row, ids=row.ids[:-1])
-            for p, row in zip(self.probes, rows, strict=True)
-        ]
-        norms = gradient_norms(lm, open_ended, progress)
+        ends = [None if p.prompt is None else -1 for p in self.probes]
+        kept = [replace(row, ids=row.ids[:end]) for row, end in zip(rows, ends, strict=True)]
+        cut = [replace(row, ids=row.ids[: row.prompt_length + GRADIENT_TOKENS]) for row in kept]
+        norms = gradient_norms(lm, cut, progress)
         return [
             Item(p.shown, p.answer, None, p.group, {"gradient_norm": norm})
             for p, norm in zip(self.probes, norms, strict=True)
