@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -195,6 +196,7 @@ def _deltas(args: argparse.Namespace, checks: Checks) -> list[Delta]:
 
 def _main(argv: Sequence[str]) -> None:
     args = arguments(argv)
+    args.command = shlex.join(["editunlearn", "evaluate", *argv])
     console = console_of(args)
     made = plan(args)
     labels = ", ".join(state.label for state in made.states)
@@ -334,6 +336,7 @@ def _about(
         "method": delta.method if delta else None,
         "limit": args.limit,
         "key": key,
+        "command": args.command,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": versions,
     }

@@ -95,8 +95,10 @@ def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, mo
     count = len(measured)
     assert call("evaluate", *again).code == 0 and len(measured) == count
     assert call("evaluate", *again, "--fresh").code == 0 and measured[count] == "forget"
-    assert {k: v for k, v in results(tmp_path / "base" / "facts").items() if k != "made"} == {
-        k: v for k, v in whole.items() if k != "made"
+    assert whole["command"].startswith("editunlearn evaluate --out ") and "--fresh" not in whole["command"]
+    of_this_run = ("made", "command", "seconds")
+    assert {k: v for k, v in results(tmp_path / "base" / "facts").items() if k not in of_this_run} == {
+        k: v for k, v in whole.items() if k not in of_this_run
     }
     count = len(measured)
     runs.write_lines(tmp_path / "other.jsonl", [{**f, "answer": "Dutch"} for f in runs.FACTS[:1]])
