@@ -96,6 +96,7 @@ def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, mo
     assert call("evaluate", *again).code == 0 and len(measured) == count
     assert call("evaluate", *again, "--fresh").code == 0 and measured[count] == "forget"
     assert whole["command"].startswith("editunlearn evaluate --out ") and "--fresh" not in whole["command"]
+    assert whole["seconds"].keys() == whole["parts"].keys() and min(whole["seconds"].values()) >= 0
     of_this_run = ("made", "command", "seconds")
     assert {k: v for k, v in results(tmp_path / "base" / "facts").items() if k not in of_this_run} == {
         k: v for k, v in whole.items() if k not in of_this_run
