@@ -40,7 +40,7 @@ EXAMPLES = """\
   editunlearn evaluate --delta runs/memit --suite facts:attacks --facts forget.jsonl --under int4
   editunlearn evaluate --delta runs/memit --suite facts --facts forget.jsonl --require "leak_gen<=0.02"
   editunlearn evaluate --model my/model --suite tofu:forget10 --reference retrained/results.json
-  editunlearn evaluate --delta runs/a --delta runs/b --suite "rwku:Stephen King,Tom Clancy" --data-root data/ --limit 50"""
+  editunlearn evaluate --delta runs/a --delta runs/b --suite "rwku:Stephen King,Tom Clancy" --limit 50"""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
