@@ -91,7 +91,12 @@ class Run:
         complete: bool,
     ) -> dict[str, Any]:
         own = {name: how[name] for name in measured.parts}
-        about = {**self.about, "complete": complete, "how": own, "seconds": dict(seconds)}
+        about = {
+            **self.about,
+            "complete": complete,
+            "how": own,
+            "seconds": {k: v for k, v in seconds.items() if k in own},
+        }
         found = results.as_json(about, measured, totals)
         atomic_write_json(self.file, found)
         return found
