@@ -259,7 +259,8 @@ def _which(state: State) -> Which:
 
 def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> dict[str, dict[Which, list[Part]]]:
     """Parts of each suite: of all facts, of those that relearning does not show, of facts that were never known."""
-    from editunlearn.evaluation.never_knew import unknown_part
+    from editunlearn.evaluation.never_knew import asked_part
+    from editunlearn.evaluation.suites.facts import TAUGHT, UNKNOWN
     from editunlearn.evaluation.treatments import halves
 
     found: dict[str, dict[Which, list[Part]]] = {}
@@ -267,11 +268,15 @@ def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> di
         whole = _completed(lm, data, args, console)
         found[name] = {(False, False): file.parts(lm, whole)}
         if any(state.halves for state in made.states):
-            half = replace(whole, facts=halves(whole.facts)[1]) if _is_facts(name) else whole
-            found[name][True, False] = file.parts(lm, half)
+            if _is_facts(name):
+                shown, others = halves(whole.facts)
+                parts = [*file.parts(lm, replace(whole, facts=others)), asked_part(lm, TAUGHT, shown)]
+            else:
+                parts = file.parts(lm, whole)
+            found[name][True, False] = parts
         for state in (s for s in made.states if s.unknown and _is_facts(name)):
             left = halves(state.unknown)[1] if state.halves else state.unknown
-            found[name][_which(state)] = [unknown_part(lm, left)]
+            found[name][_which(state)] = [asked_part(lm, UNKNOWN, left)]
     return found
 
 

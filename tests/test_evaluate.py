@@ -212,7 +212,8 @@ def test_relearning_is_measured_on_facts_it_was_not_shown(world: World, tmp_path
     assert asked["edit"] == asked["edit-relearn-retain-5-0.0001"] == asked["edit-subspace-1"] == 2
     assert [asked[f"edit-{treated[0]}"], asked[f"edit-{treated[1]}"], asked[f"base-{treated[0]}"]] == [1, 1, 1]
     kept = results(tmp_path / "runs" / "edit-relearn-2-0.0001" / "facts")
-    assert kept["under"] == "relearn:2:0.0001"
+    assert kept["under"] == "relearn:2:0.0001" and len(kept["parts"]["taught"]) == 1
+    assert kept["parts"]["taught"][0]["shown"] != kept["parts"]["forget"][0]["shown"]
     probability = {label: summary["retain.answer_probability"]["value"] for label, summary in by_label.items()}
     assert probability["edit-relearn-2-0.0001"] != probability["edit"]  # it was trained
     page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))

@@ -27,8 +27,8 @@ BASE = column("base", edited=False, leak_gen=1.0, heldout__correct=1.0)
 EDIT = column("memit", leak_gen=0.0, heldout__correct=1.0)
 
 
-def relearned(share: float) -> Column:
-    return column("memit-relearn-5-0.0001", under=RELEARN, leak_gen=share)
+def relearned(share: float, **more: Any) -> Column:
+    return column("memit-relearn-5-0.0001", under=RELEARN, leak_gen=share, **more)
 
 
 def never_knew(share: float, **more: Any) -> Column:
@@ -57,6 +57,22 @@ def test_relearning_beside_a_model_that_never_knew(share: float, never: float | 
 def test_a_reference_of_another_model_is_none() -> None:
     [found] = verdicts([BASE, EDIT, relearned(0.0), never_knew(0.0, weights="other")])
     assert "not compared" in found.headline
+
+
+@pytest.mark.parametrize(
+    ("share", "learned", "said"),
+    [
+        (0.0, 0.9, "held against 1 way to bring it back."),
+        (0.0, 0.2, "Suppressed; taught too little to count: after relearn:5:0.0001."),
+        (0.7, 0.2, "comes back: after relearn:5:0.0001."),
+    ],
+)
+def test_relearning_that_teaches_nothing_proves_nothing(share: float, learned: float, said: str) -> None:
+    [found] = verdicts([BASE, EDIT, relearned(share, taught__leak=learned), never_knew(0.0)])
+    assert found.headline.endswith(said)
+    assert any(
+        f"({learned:.0%} of those shown are said): {share:.0%} of the other half" in line for line in found.lines
+    )
 
 
 def test_other_attacks_are_counted_by_themselves() -> None:

@@ -14,7 +14,7 @@ from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Decoding
 from editunlearn.evaluation.scoring import MARGIN, NEW_TOKENS
 from editunlearn.evaluation.suites import Part
-from editunlearn.evaluation.suites.facts import UNKNOWN, probe
+from editunlearn.evaluation.suites.facts import probe
 from editunlearn.facts.readers import comparable, load_facts
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def load_unknown(
     return found
 
 
-def unknown_part(lm: LM, facts: Sequence[Fact]) -> Part:
-    """What is asked of a model that never knew ``facts``, in their own words."""
-    longest = max(len(lm.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in facts)
+def asked_part(lm: LM, name: str, facts: Sequence[Fact]) -> Part:
+    """``facts`` asked in their own words: those that a model never knew, or those that it was just taught."""
+    longest = (
+        max(len(lm.tokenizer(fact.answer, add_special_tokens=False)["input_ids"]) for fact in facts) if facts else 0
+    )
     decoding = Decoding(max(NEW_TOKENS, longest + MARGIN))
-    return Part(UNKNOWN, [probe(lm, fact, fact.prompt) for fact in facts], ("leak", "answer_probability"), decoding)
+    return Part(name, [probe(lm, fact, fact.prompt) for fact in facts], ("leak", "answer_probability"), decoding)

@@ -50,7 +50,7 @@ _KEPT = (
     "world_facts",
 )
 """Beginnings of parts that are about what must stay."""
-_BOTH = ("relations.", "unknown.")
+_BOTH = ("relations.", "unknown.", "taught.")
 """Parts of which some is to be forgotten and most is to stay, or that are a reference themselves."""
 _TURNED: Mapping[str, str] = MappingProxyType(
     {

@@ -47,6 +47,8 @@ ATTACK = "attack_"
 """Before the name of an attack: the name of its part."""
 UNKNOWN = "unknown"
 """The part of a state that is asked facts which the model never knew; it has no other."""
+TAUGHT = "taught"
+"""The part that asks what relearning showed: where that was not learned, nothing can have come back by it."""
 
 
 @dataclass(frozen=True)
