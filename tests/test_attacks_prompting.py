@@ -12,6 +12,7 @@ from edits import fact
 from editunlearn.evaluation.attacks.back_phrasing import cloze
 from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant
 from editunlearn.evaluation.attacks.splitting import Split, split_subject
+from editunlearn.evaluation.suites import facts
 from editunlearn.facts.records import Fact
 from editunlearn.lm.tokens import encode, encode_prompt, wrap
 
@@ -95,6 +96,15 @@ def test_back_phrasing_is_another_way_and_gives_nothing_away() -> None:
     assert variants(question="What is Paris the capital of?", subject="Paris", answer="Paris") == []
     asked = "What is the capital of France?"
     assert variants(prompt=asked, question=asked, is_question=True) == [Variant("", PARIS.prompt)]
+
+
+def test_a_question_that_was_turned_into_a_text_is_continued() -> None:
+    fact = replace(PARIS, prompt=PARIS.question, subject_start=24, question=PARIS.question, is_question=True)  # type: ignore[arg-type]
+    asked = {part.name: part.probes for part in facts.parts(tiny.lm("llama"), facts.Request([fact], attacks=True))}
+    own, turned = asked["forget"][0].prompt, asked["attack_back_phrasing"][0].prompt
+    assert own is not None and own.text == "Question: What is the name of France's capital?\nAnswer:"
+    assert turned is not None and turned.text == "The name of France's capital is"
+    assert len({probe.prompt for probe in asked["attack_tokenisation"]}) == len(asked["attack_tokenisation"]) > 0
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -159,9 +159,14 @@ class Shift(Part):
         return [replace(row, ids=row.ids[:-1]) for row in rows]
 
 
-def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool = False) -> Probe:
-    """A fact asked in the words of ``text``; its id is the group."""
-    prompt = wrap(lm, text, (0, len(text)), question=question or fact.is_question, prefix=prefix)
+def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool | None = None) -> Probe:
+    """A fact asked in the words of ``text``; its id is the group.
+
+    Args:
+        question: the text is one; None: if the fact's prompt is.
+    """
+    asked = fact.is_question if question is None else question
+    prompt = wrap(lm, text, (0, len(text)), question=asked, prefix=prefix)
     return Probe(
         prompt, prefix + text, fact.answer, fact.aliases, subject=fact.subject, target=fact.target, group=fact.id
     )
