@@ -76,11 +76,13 @@ class Decoding:
         tokens: at most.
         stops: what ends an answer, itself cut off; leading space does not count.
         top_k: sample among so many tokens; 0: greedy.
+        seed: of the samples.
     """
 
     tokens: int = 24
     stops: tuple[str, ...] = ()
     top_k: int = 0
+    seed: int = 0
 
     def cut(self, text: str) -> str:
         """The text up to the first stop."""
@@ -119,7 +121,7 @@ class Look:
         if "text" not in self.needs or not asked:
             return [None] * len(probes)
         how = self.decoding
-        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, done=self.progress))
+        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, seed=how.seed, done=self.progress))
         return [None if p.prompt is None else self.decoding.cut(next(said)) for p in probes]
 
     def _losses(
@@ -127,13 +129,16 @@ class Look:
     ) -> list[tuple[TokenScores, ...]]:
         if need not in self.needs:
             return [()] * len(probes)
-        rows = [_row(lm, probe, text) for probe in probes for text in texts_of(probe)]
+        rows = [row_of(lm, probe, text) for probe in probes for text in texts_of(probe)]
         found = iter(token_scores(lm, rows, spread="spread" in self.needs, done=self.progress))
         return [tuple(next(found) for _ in texts_of(probe)) for probe in probes]
 
 
-def _row(lm: LM, probe: Probe, text: str) -> Row:
-    """What does not fit the model is cut: the beginning of a prompt, the end of a passage."""
+def row_of(lm: LM, probe: Probe, text: str) -> Row:
+    """A probe with ``text`` as its answer.
+
+    What does not fit the model is cut: the beginning of a prompt, the end of a passage.
+    """
     most = context_length(lm.model.config)
     if probe.prompt is not None:
         row = encode(lm, probe.prompt, text, "prompt_last")
