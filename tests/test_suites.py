@@ -47,6 +47,15 @@ def test_every_suite_measures_a_model(name: str, data: Path) -> None:
         assert value.value is not None or value.reason
 
 
+@pytest.mark.parametrize("name", benchmark_data.SUITES)
+def test_progress_ends_at_its_total(name: str, data: Path) -> None:
+    lm, (file, which) = tiny.lm("llama"), suites.module(name)
+    for part in file.parts(lm, file.read(which, Source(data))):
+        told = list[int]()
+        part.items(lm, told.append)
+        assert sum(told) == part.looks > 0, part.name
+
+
 def test_a_model_that_knows_the_answers_scores_high(data: Path) -> None:
     lm = tiny.taught_lm([(f"Question: {q}\nAnswer:", a) for q, a in benchmark_data.ASKED])
     found, totals = measured("tofu:forget01", data, lm)

@@ -107,7 +107,7 @@ def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]
     Raises:
         NumericalError: a value is not finite; the message names the layer where that begins.
     """
-    with console.progress(part.looks * len(part.probes), f"{label} {part.name}".strip()) as bar:
+    with console.progress(part.looks, f"{label} {part.name}".strip()) as bar:
         items = part.items(lm, bar.update)
     for number, item in enumerate(items):
         bad = [name for name, value in item.values.items() if not math.isfinite(value)]

@@ -123,8 +123,8 @@ class Part:
 
     @property
     def looks(self) -> int:
-        """How often :meth:`items` reports each probe, about."""
-        return len({"text", "answer"} & judging.needs(self.metrics))
+        """The sum of what :meth:`items` reports."""
+        return Look(judging.needs(self.metrics)).work(self.probes)
 
     def prepare(self, lm: LM) -> None:
         """Look at the model before anything is applied to it."""

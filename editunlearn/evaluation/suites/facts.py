@@ -121,7 +121,7 @@ class Shift(Part):
     @property
     def looks(self) -> int:
         """See :class:`Part`."""
-        return 1
+        return len(self.probes)
 
     def prepare(self, lm: LM) -> None:
         """Keep the states of the unedited model."""

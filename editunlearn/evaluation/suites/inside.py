@@ -33,7 +33,7 @@ class Inside(Part):
     @property
     def looks(self) -> int:
         """See :class:`Part`."""
-        return 2
+        return 2 * len(self.probes)
 
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
         """See :class:`Part`."""
