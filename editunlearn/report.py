@@ -23,7 +23,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[Path("runs/evaluate")],
         metavar="DIR",
-        help="results files, or folders with them somewhere below (default: runs/evaluate)",
+        help="results files, also TOFU_EVAL.json of open-unlearning, or folders with them (default: runs/evaluate)",
     )
     p.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write to (default: runs/report)")
     p.add_argument("--title", default="What was forgotten, what stayed", help="of the page")

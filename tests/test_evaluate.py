@@ -143,7 +143,7 @@ def test_folders_of_suites(suite: str) -> None:
 def test_a_benchmark_with_a_reference(world: World, tmp_path: Path) -> None:
     tofu = ["--suite", "tofu:forget01", "--data-root", str(world.root / "data")]
     first = call("evaluate", *flags(world, tmp_path / "a", *tofu, facts=False))
-    assert first.code == 0 and "forget_quality: it compares with a model never trained" in first.out
+    assert first.code == 0 and "forget_quality, forget_quality_ks: it compares with a model never trained" in first.out
     reference = str(tmp_path / "a" / "base" / "tofu-forget01")
     second = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--reference", reference, "--json", facts=False))
     summary = json.loads(second.out)["tofu:forget01"]["base"]
@@ -154,6 +154,32 @@ def test_a_benchmark_with_a_reference(world: World, tmp_path: Path) -> None:
     assert other.code == 2 and "made on other data than this run" in other.err
     beside = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--baseline", reference, facts=False))
     assert "baseline" in beside.out
+    theirs = Path(reference, "TOFU_EVAL.json")
+    beside = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--baseline", str(theirs), "--dry-run", facts=False))
+    assert beside.code == 0, beside.err
+    other = ["--baseline", reference, "--limit", "1"]
+    refused = call("evaluate", *flags(world, tmp_path / "d", *tofu, *other, facts=False))
+    assert refused.code == 2 and "--baseline: made on other data" in refused.err
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()  # before anything was measured
+
+
+def test_a_reference_or_baseline_that_nothing_is_compared_with(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("evaluate", *flags(world, tmp_path / "a")).code == 0
+    own = str(tmp_path / "a" / "base" / "facts")
+    assert call("evaluate", *flags(world, tmp_path / "a", "--baseline", own)).code == 0
+    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    under = ["--under", "relearn:2", "--reference", own]
+    done = call("evaluate", *flags(world, tmp_path / "b", *under))
+    assert done.code == 2 and "the suite facts compares with no reference; tofu and muse do" in done.err, done.err
+    asked = ["--suite", "wmdp:bio", "--data-root", str(world.root / "data")]
+    done = call("evaluate", *flags(world, tmp_path / "b", *asked, "--baseline", own, facts=False))
+    assert done.code == 2 and "results of the suite facts, which is not asked for" in done.err
+    file = tmp_path / "a" / "base" / "facts" / "results.json"
+    file.write_text(json.dumps({**results(file.parent), "complete": False}))
+    done = call("evaluate", *flags(world, tmp_path / "b", "--baseline", own))
+    assert done.code == 2 and "this evaluation was interrupted" in done.err
 
 
 @pytest.mark.parametrize(

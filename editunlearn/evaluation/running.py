@@ -27,7 +27,7 @@ class Run:
     Attributes:
         file: where the results go.
         about: what the file says of the run; its ``key`` names everything that the numbers depend on.
-        reference: results of a model that never knew, for the metrics that compare.
+        reference: results of a model that never knew and was asked the same, for the metrics that compare.
         fresh: measure again what the file has.
         no_text: keep numbers only.
     """
@@ -42,16 +42,10 @@ class Run:
         """Measure the parts that the file does not have yet; what it then holds.
 
         Raises:
-            InputError: the reference was asked something else.
             NumericalError: the model computes numbers that are not finite; what was measured before is kept.
         """
-        data = {
-            part.name: results.asked_hash([(p.shown, p.answer, p.paraphrased, p.wrong) for p in part.probes])
-            for part in parts
-        }
+        data = asked(parts)
         how = {part.name: results.asked_hash([[repr(part), self.no_text]]) for part in parts}
-        if self.reference is not None:
-            results.check_reference(data, self.reference, "--reference")
         groups = dict.fromkeys(probe.group for part in parts for probe in part.probes if probe.group)
         done = self._kept(how)
         missing = [part for part in parts if part.name not in done and part.probes]
@@ -84,6 +78,14 @@ class Run:
         found = results.as_json(about, measured, totals)
         atomic_write_json(self.file, found)
         return found
+
+
+def asked(parts: Sequence[Part]) -> dict[str, str]:
+    """By part, a hash of what is asked; results can be compared where it is equal."""
+    return {
+        part.name: results.asked_hash([(p.shown, p.answer, p.paraphrased, p.wrong) for p in part.probes])
+        for part in parts
+    }
 
 
 def _without_text(items: Sequence[Item], groups: Sequence[str]) -> list[Item]:
