@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     benchmark_data.write(made.root / "data")
     assert call("apply", *made.flags(made.root / "edit", "--evaluate", "none")).code == 0
     return made
+
+
+CASE = benchmark_data.FILES["counterfact/test"][0]
 
 
 def flags(world: World, out: Path, *more: str, facts: bool = True) -> list[str]:
@@ -206,6 +210,72 @@ def test_bad_input_is_found_before_weights_are_loaded(
     assert done.code == 2 and said in done.err, done.err
     assert "needs --facts" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+BAD_DATA: list[tuple[str, str, Any, str]] = [
+    ("knowundo:privacy", "KnowUnDo/privacy/unlearn", [{"val": []}], "'val' is no list of records"),
+    ("knowundo:privacy", "KnowUnDo/privacy/retention", [{"val": "x"}], "'val' is no list of records"),
+    ("knowundo:privacy", "KnowUnDo/privacy/unlearn", [{"val": [{"text": "x"}]}], "record 0 of 'val' has no 'text' or"),
+    ("edu-relat:ROOT/r.json", "r", {"facts": [], "rules": [], "targets": []}, "it has 0 facts and 0 targets"),
+    ("edu-relat:ROOT/r.json", "r", {**benchmark_data.RELATIONS, "targets": []}, "it has 5 facts and 0 targets"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [], "the list is empty"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "", "choices": ["a", "b"], "answer": 0}], "none of its 1 records"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": "ab", "answer": 0}], "'choices' is a list of 2"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": ["a", "b"], "answer": 2}], "a number from 0 to 1"),
+    ("counterfact:ROOT/c.json", "c", [{**CASE, "requested_rewrite": "x"}], "case 0 has no requested_rewrite.prompt"),
+    ("counterfact:ROOT/c.json", "c", [{**CASE, "paraphrase_prompts": None}], "no column 'paraphrase_prompts'"),
+    ("counterfact:azhx/counterfact:train", "counterfact/test", [CASE], "counterfact has no 'train'. It has test.json"),
+    ("muse:news", "MUSE-News/knowmem/retain_qa_icl", [], "the list is empty"),
+    ("tofu:forget01", "TOFU/holdout01", {"question": []}, "holdout01"),
+]
+
+
+@pytest.mark.parametrize(("suite", "file", "content", "said"), BAD_DATA)
+def test_bad_benchmark_data_are_found_before_weights_are_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suite: str, file: str, content: Any, said: str
+) -> None:
+    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    root = benchmark_data.write(tmp_path / "data")
+    (root / f"{file}.json").write_text(json.dumps(content))
+    asked = ["--suite", suite.replace("ROOT", str(root)), "--data-root", str(root)]
+    done = call("evaluate", *flags(world, tmp_path / "out", *asked, facts=False))
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err, done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_not_there_is_noted(world: World, tmp_path: Path) -> None:
+    data = ["--suite", "counterfact:azhx/counterfact:test:nowhere", "--data-root", str(world.root / "data")]
+    done = call("evaluate", *flags(world, tmp_path / "out", *data, "--dry-run", facts=False))
+    assert done.code == 0 and "read whole, it has no split 'nowhere'" in done.err
+
+
+@pytest.mark.parametrize("name", ["results.json", "TOFU_EVAL.json", "report.html", "report.csv"])
+def test_disk_full(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked = flags(world, tmp_path / "runs", "--suite", "tofu:forget01", facts=False)
+    evaluate = ["evaluate", *asked, "--data-root", str(world.root / "data"), "--limit", "1"]
+    report = ["report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page")]
+    if name.startswith("report"):
+        assert call(*evaluate).code == call(*report).code == 0
+        assert call(*report, "--title", "before").code == 0
+    command = [*report, "--title", "after"] if name.startswith("report") else evaluate
+    before, real = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file()}, Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name.startswith(f".{name}."):
+            real(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        done = call(*command)
+    assert done.code == 1 and "Traceback" not in done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: No space left on device") and name in last and "to go on" in last
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file()}
+    assert name not in {p.name for p in after.keys() - before.keys()} and not list(tmp_path.rglob("*.tmp-*"))
+    assert all(after[path] == content for path, content in before.items())  # nothing of the old page is replaced alone
+    assert call(*command).code == 0
 
 
 def test_the_suite_facts_needs_facts(world: World, tmp_path: Path) -> None:

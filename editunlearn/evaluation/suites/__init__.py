@@ -73,6 +73,7 @@ class Source:
         read = read_rows(place, data_root=self.data_root, split="test")
         if read.problems:
             raise InputError(read.problems)
+        self.notes.extend(read.notes if place.count(":") > 1 else ())  # a split that was named, and is not there
         records: list[Record] = [row.data for row in read.rows]
         columns = tuple(columns)
         for column in columns:

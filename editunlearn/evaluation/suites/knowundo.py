@@ -39,8 +39,11 @@ def read(which: str, source: Source) -> dict[str, list[Record]]:
     found = {}
     for scope in ("unlearn", "retention"):
         place = f"{HUB}:{which}:{scope}"
-        records = [record for row in source.rows(place, ("val",)) for record in row["val"]]
-        bad = [i for i, record in enumerate(records) if not record.get("text") or not record.get("labels")]
+        columns = [row["val"] for row in source.rows(place, ("val",))]
+        records = [record for column in columns if isinstance(column, list) for record in column]
+        if not records:
+            raise InputError(f"{place}: 'val' is no list of records with 'text' and 'labels', or an empty one.")
+        bad = [i for i, r in enumerate(records) if not (isinstance(r, dict) and r.get("text") and r.get("labels"))]
         if bad:
             raise InputError(f"{place}: record {bad[0]} of 'val' has no 'text' or no 'labels'.")
         found[scope] = records[: source.limit]

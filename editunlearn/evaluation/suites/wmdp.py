@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
-from editunlearn.evaluation.suites.choice import choice_probe
+from editunlearn.evaluation.suites.choice import check_choices, choice_probe
 
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
@@ -22,7 +22,9 @@ TOPICS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 
 def read(which: str, source: Source) -> list[tuple[str, Record]]:
     """Questions of one topic, each with the topic's name."""
-    rows = source.rows(f"{HUB}:wmdp-{which}", ("question", "choices", "answer"))
+    place = f"{HUB}:wmdp-{which}"
+    rows = source.rows(place, ("question", "choices", "answer"))
+    check_choices(rows, place)
     return [(which, row) for row in rows]
 
 
