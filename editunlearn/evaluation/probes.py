@@ -93,6 +93,10 @@ class Decoding:
     stops: tuple[str, ...] = ()
     top_k: int = 0
 
+    def ended(self, text: str) -> bool:
+        """Whether more text would be cut off."""
+        return any(stop in text.lstrip() for stop in self.stops)
+
     def cut(self, text: str) -> str:
         """The text up to the first stop."""
         head = text.lstrip()
@@ -133,7 +137,8 @@ class Look:
         if "text" not in self.needs or not asked:
             return [None] * len(probes)
         how = self.decoding
-        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, done=self.progress))
+        ended = how.ended if how.stops else None
+        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, ended=ended, done=self.progress))
         return [None if p.prompt is None else self.decoding.cut(next(said)) for p in probes]
 
     def _losses(self, lm: LM, probes: Sequence[Probe], need: Need) -> list[tuple[TokenScores, ...]]:
