@@ -59,6 +59,20 @@ def test_a_delta_is_measured_beside_its_base(world: World, tmp_path: Path) -> No
     assert "edit-int8" in done.err and "perplexity" in done.err
 
 
+def test_two_deltas_in_one_call_are_measured_as_each_alone(world: World, tmp_path: Path) -> None:
+    other = runs.write_lines(tmp_path / "other.jsonl", runs.FACTS[:1])
+    made = world.flags(tmp_path / "other", "--evaluate", "none", "--facts", str(other), "--set", "value.steps=6")
+    assert call("apply", *made).code == 0
+    deltas = [world.root / "edit", tmp_path / "other"]
+    both = call("evaluate", *flags(world, tmp_path / "both", *(f for d in deltas for f in ("--delta", str(d)))))
+    assert both.code == 0, both.err
+    found = [results(tmp_path / "both" / d.name / "facts")["summary"] for d in deltas]
+    assert found[0] != found[1] and not (tmp_path / "both" / "base").exists()
+    for delta, summary in zip(deltas, found, strict=True):
+        assert call("evaluate", *flags(world, tmp_path / "alone", "--delta", str(delta))).code == 0
+        assert results(tmp_path / "alone" / delta.name / "facts")["summary"] == summary
+
+
 def test_attacks_are_parts_of_their_own(world: World, tmp_path: Path) -> None:
     done = call("evaluate", *flags(world, tmp_path, "--suite", "facts:attacks", "--json"))
     assert done.code == 0, done.err

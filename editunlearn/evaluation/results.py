@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import Any
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation.metrics.glossary import definition_of
-from editunlearn.evaluation.metrics.intervals import estimate
+from editunlearn.evaluation.metrics.intervals import Estimate, estimate, mean_of_means
 from editunlearn.evaluation.metrics.likelihood import TRUTH_RATIO_NOTE
 
 NOTES: Mapping[str, str] = MappingProxyType({"truth_ratio": TRUTH_RATIO_NOTE})
@@ -42,11 +42,27 @@ class Value:
     @classmethod
     def mean(cls, values: Sequence[float], reason: str = "no item to which it applies", *, share: bool = True) -> Value:
         """Mean of items with its interval; ``share``: zeros and ones are hits and misses."""
-        found = estimate(values, share=share)
+        return cls._of(estimate(values, share=share), reason)
+
+    @classmethod
+    def mean_of_means(cls, groups: Sequence[Sequence[float]], reason: str = "no item to which it applies") -> Value:
+        """Mean of the means of groups with its interval."""
+        return cls._of(mean_of_means(groups), reason)
+
+    @classmethod
+    def _of(cls, found: Estimate | None, reason: str) -> Value:
         if found is None:
             return cls(None, reason=reason)
         low, high = (bound if math.isfinite(bound) else None for bound in (found.low, found.high))
         return cls(found.value, low, high, found.items)
+
+    def mapped(self, to: Callable[[float], float], reason: str = "") -> Value:
+        """The same in other units: ``to`` of the value and of its bounds, rising or falling all the way."""
+        if self.value is None:
+            return self
+        bounds = [to(bound) for bound in (self.low, self.high) if bound is not None]
+        low, high = (min(bounds), max(bounds)) if len(bounds) == 2 else (None, None)
+        return Value(to(self.value), low, high, self.items, reason)
 
     @classmethod
     def perplexity(cls, nll: Sequence[float], tokens: Sequence[float]) -> Value:

@@ -69,9 +69,16 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]: 
     """Unlearn and retention success in percent and perplexity, of each part."""
     found: dict[str, Value] = {}
     for scope in measured.parts:
-        accuracy, loss = measured.mean(scope, "exact_memorization"), measured.mean(scope, "loss")
-        if accuracy is not None and loss is not None:
-            success = 1 - accuracy if scope.startswith("unlearn") else accuracy
-            found[f"{scope}_success"] = Value(100 * success, items=len(measured.parts[scope]))
-            found[f"{scope}_perplexity"] = Value(math.exp(min(loss, 700.0)), items=len(measured.parts[scope]))
+        accuracy = Value.mean(measured.values(scope, "exact_memorization"))
+        found[f"{scope}_success"] = accuracy.mapped(_missed if scope.startswith("unlearn") else _percent)
+        loss = Value.mean(measured.values(scope, "loss"), share=False)
+        found[f"{scope}_perplexity"] = loss.mapped(lambda mean: math.exp(min(mean, 700.0)))
     return found
+
+
+def _percent(share: float) -> float:
+    return 100 * share
+
+
+def _missed(share: float) -> float:
+    return 100 * (1 - share)

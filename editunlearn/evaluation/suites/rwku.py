@@ -123,8 +123,7 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]: 
         "forget_all": ("fill_blank", "question", "adversarial"),
         "neighbor_all": ("neighbor_fill_blank", "neighbor_question"),
     }.items():
-        means = [mean for mean in (measured.mean(part, "rouge_l") for part in own) if mean is not None]
-        found[f"{name}_rouge_l"] = Value(sum(means) / len(means), items=len(means)) if means else Value(None)
+        found[f"{name}_rouge_l"] = Value.mean_of_means([measured.values(part, "rouge_l") for part in own])
     for kind in sorted({item.group for item in measured.parts.get("adversarial", ())}):
         name = f"adversarial.{kind.replace(' ', '_')}.rouge_l"
         found[name] = Value.mean(measured.values("adversarial", "rouge_l", kind))

@@ -37,6 +37,6 @@ def parts(lm: LM, data: Sequence[tuple[str, Record]]) -> list[Part]:
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
     """How far accuracy is above chance, 0 to 1."""
     name = next(iter(measured.parts))
-    accuracy = measured.mean(name, "chosen")
-    above = None if accuracy is None else (accuracy - 0.25) / 0.75
-    return {f"{name}_above_chance": Value(above, reason="0: like guessing, 1: all right")}
+    accuracy = Value.mean(measured.values(name, "chosen"))
+    above = accuracy.mapped(lambda share: (share - 0.25) / 0.75, "0: like guessing, 1: all right")
+    return {f"{name}_above_chance": above}
