@@ -156,6 +156,7 @@ def test_the_page_stands_by_itself(tmp_path: Path) -> None:
     seen = _Page()
     seen.feed(text)
     assert not seen.outside and set(seen.links) <= seen.ids and seen.tags.count("svg") == 2
+    assert "<li>forget_quality: needs a reference</li>" in text  # notes can be read without a pointer, too
     assert "d-leak_rate" in seen.links and "Ours &amp; theirs" in text
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text  # what a model says is not run
     assert not re.findall(r"https?://(?!www\.w3\.org)", text.replace("http://purl.org", ""))
