@@ -216,12 +216,13 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     _check_alike(asked, made)
     found: dict[str, dict[str, Any]] = {name: {} for name in made.suites}
     weights = model_fingerprint(lm)  # before anything is applied
-    for parts in (parts for of_suite in asked.values() for parts in of_suite.values()):
+    parts = [part for of_suite in asked.values() for parts in of_suite.values() for part in parts]
+    with console.progress(sum(part.looks_before for part in parts), "before anything is applied") as bar:
         for part in parts:
-            part.prepare(lm)
+            part.prepare(lm, bar.update)
     facts, retain = (of[: args.limit] for of in (made.source.facts, made.source.retain))
     for state in made.states:
-        with state.on(lm, facts, retain):
+        with state.on(lm, facts, retain, console):
             for name, (file, _) in made.suites.items():
                 place = args.out / state.label / slug(name) / results.FILE
                 about = _about(args, lm, weights, name, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,21 @@ def test_relearning_is_measured_on_facts_it_was_not_shown(world: World, tmp_path
     assert probability["edit-relearn-2"] != probability["edit"]  # it was trained
     page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
     assert page.code == 0 and "asked different things" not in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_everything_that_takes_time_reports_and_ends_at_its_total(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("editunlearn.console.PLAIN_INTERVAL", 0.0)
+    more = ["--suite", "facts:attacks", "--suite", "tofu:forget01", "--data-root", str(world.root / "data")]
+    done = call("evaluate", *flags(world, tmp_path / "runs", *more, "--under", "int8", "--under", "relearn:2"))
+    assert done.code == 0, done.err
+    lines = re.findall(r"^(.*): (\d+)/(\d+), .* so far", done.err, re.MULTILINE)
+    last = {name: (int(count), int(total)) for name, count, total in lines}
+    assert {"relearning", "rounding to int8", "base inside", "base shift", "base forget"} <= last.keys()
+    assert last["before anything is applied"][0] == last["before anything is applied"][1] > 0
+    over = {name: ends for name, ends in last.items() if ends[0] != ends[1]}
+    assert not over, over
 
 
 def test_relearning_needs_facts(world: World, tmp_path: Path) -> None:

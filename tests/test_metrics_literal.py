@@ -129,9 +129,11 @@ def test_the_shift_of_what_stays_is_the_literal_divergence() -> None:
         with torch.no_grad():
             return lm.model(torch.tensor([ids])).logits[0, start - 1 : -1].double().log_softmax(-1)
 
-    part.prepare(lm)
-    before = [next_tokens(*pair) for pair in asked]
     told = list[int]()
+    part.prepare(lm, told.append)
+    assert sum(told) == part.looks_before == 2
+    told.clear()
+    before = [next_tokens(*pair) for pair in asked]
     unchanged = part.items(lm, told.append)
     assert [item.values["kl"] for item in unchanged] == pytest.approx([0, 0], abs=1e-6) and sum(told) == part.looks
     with torch.no_grad():

@@ -17,6 +17,7 @@ from editunlearn.lm.tokens import Row, encode, wrap
 from editunlearn.naming import did_you_mean
 
 if TYPE_CHECKING:
+    from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
     from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
@@ -74,7 +75,14 @@ class Treatment:
         return self.kind in ("relearn", "relearn-lora")
 
     @contextmanager
-    def on(self, lm: LM, delta: Delta | None, facts: Sequence[Fact], retain: Sequence[Fact]) -> Iterator[None]:
+    def on(
+        self,
+        lm: LM,
+        delta: Delta | None,
+        facts: Sequence[Fact],
+        retain: Sequence[Fact],
+        console: Console | None = None,
+    ) -> Iterator[None]:
         """The model with ``delta``, treated, inside; as it was afterwards.
 
         Args:
@@ -84,7 +92,7 @@ class Treatment:
             InputError: there is nothing to learn again.
         """
         if self.kind in quantisation.SCHEMES:
-            with quantisation.quantised(lm, self.kind, delta):
+            with quantisation.quantised(lm, self.kind, delta, console):
                 yield
         elif self.kind == "subspace":
             assert delta is not None  # noqa: S101 - the plan leaves such a state out
@@ -96,7 +104,7 @@ class Treatment:
             rows = [answered(lm, fact) for fact in shown]
             with (
                 delta.applied(lm) if delta is not None else nullcontext(),
-                relearned(lm, rows, Relearn(steps=self.count, what=what)),  # type: ignore[arg-type]
+                relearned(lm, rows, Relearn(steps=self.count, what=what), console),  # type: ignore[arg-type]
             ):
                 yield
 

@@ -127,7 +127,12 @@ class Part:
         """The sum of what :meth:`items` reports."""
         return Look(judging.needs(self.metrics)).work(self.probes)
 
-    def prepare(self, lm: LM) -> None:
+    @property
+    def looks_before(self) -> int:
+        """The sum of what :meth:`prepare` reports."""
+        return 0
+
+    def prepare(self, lm: LM, progress: Callable[[int], None]) -> None:
         """Look at the model before anything is applied to it."""
 
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
