@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from editunlearn.evaluation.states import State
     from editunlearn.evaluation.suites import Module, Part, Source
     from editunlearn.evaluation.treatments import Treatment
+    from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
 
 EXAMPLES = """\
@@ -38,7 +40,7 @@ EXAMPLES = """\
   editunlearn evaluate --delta runs/memit --suite facts:attacks --facts forget.jsonl --under int4
   editunlearn evaluate --delta runs/memit --suite facts --facts forget.jsonl --require "leak_gen<=0.02"
   editunlearn evaluate --model my/model --suite tofu:forget10 --reference retrained/results.json
-  editunlearn evaluate --delta runs/a --delta runs/b --suite "rwku:Stephen King" --data-root data/ --limit 50"""
+  editunlearn evaluate --delta runs/a --delta runs/b --suite "rwku:Stephen King,Tom Clancy" --limit 50"""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,11 +54,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TREATMENT",
-        help="also after this was done to it: bf16, int8, int4, nf4, relearn:STEPS, relearn-lora:STEPS, "
-        "relearn-retain:STEPS, subspace:DIRECTIONS",
+        help="also after this was done to it: bf16, int8, int4, nf4, subspace:DIRECTIONS, relearn, "
+        "relearn-lora or relearn-retain[:STEPS[:LEARNING_RATE[:SEED]]]",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="of relearning, of sampling and of what attacks draw (default: 0)"
     )
     p.add_argument("--facts", help="what was to be forgotten, for the suite facts")
     p.add_argument("--retain", help="what was to be kept, for the suite facts")
+    p.add_argument("--unknown", metavar="FILE", help="facts the model never knew: what relearning is compared with")
     p.add_argument("--targets", help="what the edit was to say instead, as for apply")
     p.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
     p.add_argument("--limit", type=int, help="of each part, only the first so many items")
@@ -114,7 +120,7 @@ def plan(args: argparse.Namespace) -> Plan:
 
     checks = Checks()
     deltas = _deltas(args, checks)
-    treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text)))]  # type: ignore[misc]
+    treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text, args.seed)))]  # type: ignore[misc]
     facts = checks.run(lambda: _facts(args, deltas, treatments))  # None: they are bad, which has been said
     source = suites.Source(args.data_root, args.limit, *(facts or ((), ())))
     if args.limit is not None and args.limit < 1:
@@ -127,8 +133,9 @@ def plan(args: argparse.Namespace) -> Plan:
             data = checks.run(lambda file=file, which=which: file.read(which, source))  # type: ignore[misc]
             found[name] = (file, data)
     names = [folder.resolve().name for folder in args.delta]
+    unknown = (checks.run(lambda: _unknown(args, source.facts, treatments)) if args.unknown else None) or []
     measured, left_out = checks.run(
-        lambda: states(list(zip(names, deltas, strict=False)), treatments, base=args.base)
+        lambda: states(list(zip(names, deltas, strict=False)), treatments, base=args.base, unknown=unknown)
     ) or ([], [])
     wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
     references, baselines = (
@@ -174,6 +181,14 @@ def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequen
     return fill_targets(facts, how, seed=seed, pool=[*facts, *retain] if how == "random" else None), retain
 
 
+def _unknown(args: argparse.Namespace, facts: Sequence[Fact], treatments: Sequence[Treatment]) -> list[Fact]:
+    from editunlearn.evaluation.never_knew import load_unknown
+
+    if not any(map(_is_facts, args.suite)):
+        raise InputError(f"--unknown {args.unknown} is asked by the suite facts: give --suite facts as well.")
+    return load_unknown(args.unknown, facts, treatments, data_root=args.data_root, limit=args.limit)
+
+
 def _deltas(args: argparse.Namespace, checks: Checks) -> list[Delta]:
     from editunlearn.deltas.files import load
 
@@ -183,6 +198,7 @@ def _deltas(args: argparse.Namespace, checks: Checks) -> list[Delta]:
 
 def _main(argv: Sequence[str]) -> None:
     args = arguments(argv)
+    args.command = shlex.join(["editunlearn", "evaluate", *argv])
     console = console_of(args)
     made = plan(args)
     labels = ", ".join(state.label for state in made.states)
@@ -195,7 +211,9 @@ def _main(argv: Sequence[str]) -> None:
         return
     found = measure(args, made, console)
     _show(found, made, console)
-    failed = [line for gate in made.gates for line in gate.failures(found)]
+    reference = {state.label for state in made.states if state.unknown}  # of it nothing is required
+    judged = {suite: {k: v for k, v in by.items() if k not in reference} for suite, by in found.items()}
+    failed = [line for gate in made.gates for line in gate.failures(judged)]
     if failed:
         raise GateError(failed)
 
@@ -224,41 +242,56 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     for state in made.states:
         with state.on(lm, facts, retain, console):
             for name, (file, _) in made.suites.items():
+                if state.unknown and not _is_facts(name):
+                    continue
                 place = args.out / state.label / slug(name) / results.FILE
-                about = _about(args, lm, weights, name, state)
+                about = _about(args, lm, weights, name, state, state.taught(facts, retain))
                 reference = made.references[name].measured if name in made.references else None
                 run = Run(place, about, reference, args.fresh, args.no_text and _is_facts(name))
-                found[name][state.label] = run.measure(lm, file, asked[name][_halves(state)], console)
+                found[name][state.label] = run.measure(lm, file, asked[name][_which(state)], console)
                 if name.startswith("tofu"):
                     _write_open_unlearning(place)
     return found
 
 
-def _check_alike(asked: Mapping[str, Mapping[bool, Sequence[Part]]], made: Plan) -> None:
+def _check_alike(asked: Mapping[str, Mapping[Which, Sequence[Part]]], made: Plan) -> None:
     """Raise InputError where a reference or a baseline was asked something else; nothing has been measured yet."""
     from editunlearn.evaluation.results import check_alike
     from editunlearn.evaluation.running import asked as data_of
 
     for flag, others in (("--reference", made.references), ("--baseline", made.baselines)):
         for suite, other in others.items():
-            check_alike(data_of(asked[suite][False]), other.measured, flag)
+            check_alike(data_of(asked[suite][False, False]), other.measured, flag)
 
 
-def _halves(state: State) -> bool:
-    return state.under is not None and state.under.halves
+Which = tuple[bool, bool]
+"""Whether only half of the facts are asked, and whether facts that the model never knew are."""
 
 
-def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> dict[str, dict[bool, list[Part]]]:
-    """Parts of each suite: of all facts, and if need be of those that relearning does not show."""
+def _which(state: State) -> Which:
+    return state.halves, bool(state.unknown)
+
+
+def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> dict[str, dict[Which, list[Part]]]:
+    """Parts of each suite: of all facts, of those that relearning does not show, of facts that were never known."""
+    from editunlearn.evaluation.never_knew import asked_part
+    from editunlearn.evaluation.suites.facts import TAUGHT, UNKNOWN
     from editunlearn.evaluation.treatments import halves
 
-    found: dict[str, dict[bool, list[Part]]] = {}
+    found: dict[str, dict[Which, list[Part]]] = {}
     for name, (file, data) in made.suites.items():
         whole = _completed(lm, data, args, console)
-        found[name] = {False: file.parts(lm, whole)}
-        if any(map(_halves, made.states)):
-            half = replace(whole, facts=halves(whole.facts)[1]) if _is_facts(name) else whole
-            found[name][True] = file.parts(lm, half)
+        found[name] = {(False, False): file.parts(lm, whole)}
+        if any(state.halves for state in made.states):
+            if _is_facts(name):
+                shown, others = halves(whole.facts)
+                parts = [*file.parts(lm, replace(whole, facts=others)), asked_part(lm, TAUGHT, shown)]
+            else:
+                parts = file.parts(lm, whole)
+            found[name][True, False] = parts
+        for state in (s for s in made.states if s.unknown and _is_facts(name)):
+            left = halves(state.unknown)[1] if state.halves else state.unknown
+            found[name][_which(state)] = [asked_part(lm, UNKNOWN, left)]
     return found
 
 
@@ -284,13 +317,19 @@ def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) ->
     kept = without(data.all_retain, data.all_facts)
     general = general_facts(lm, data.all_facts, kept, args.cache_dir or default_cache_dir(), console)
     return replace(
-        data, heldout=general.heldout[: args.limit], text=list(documents("general", "heldout"))[: args.limit]
+        data,
+        heldout=general.heldout[: args.limit],
+        text=list(documents("general", "heldout"))[: args.limit],
+        seed=args.seed,
     )
 
 
-def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: State) -> dict[str, Any]:
+def _about(
+    args: argparse.Namespace, lm: LM, weights: str, suite: str, state: State, taught: Sequence[Fact]
+) -> dict[str, Any]:
     from editunlearn import __version__
     from editunlearn.editors.moments import tokenizer_hash
+    from editunlearn.facts.records import content_hash
     from editunlearn.pipeline import environment
     from editunlearn.workspace import key_of
 
@@ -303,7 +342,12 @@ def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: St
         "delta": delta.tensors_sha256 if delta else None,
         "under": str(state.under) if state.under else None,
     }
-    more = {"version": __version__, "tokenizer": tokenizer_hash(lm), "torch": versions["torch"]}
+    more = {
+        "version": __version__,
+        "tokenizer": tokenizer_hash(lm),
+        "torch": versions["torch"],
+        "taught": content_hash(taught),
+    }
     key = key_of({**depends, **more, "transformers": versions["transformers"]})
     about = {
         "label": state.label,
@@ -311,6 +355,7 @@ def _about(args: argparse.Namespace, lm: LM, weights: str, suite: str, state: St
         "method": delta.method if delta else None,
         "limit": args.limit,
         "key": key,
+        "command": args.command,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": versions,
     }

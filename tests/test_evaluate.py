@@ -57,6 +57,10 @@ def test_a_delta_is_measured_beside_its_base(world: World, tmp_path: Path) -> No
     assert found["complete"] and found["method"] == "memit" and found["parts"]["forget"][0]["said"]
     assert {"forget", "distracted", "paraphrases", "neighbors", "retain", "text"} <= found["parts"].keys()
     assert found["summary"]["perplexity"]["value"] > 1
+    assert by_label["base"]["efficacy_gen"]["value"] == by_label["base"]["efficacy_tf"]["value"] == 0.0
+    assert by_label["base"]["forget.extraction_strength"]["value"] == by_label["base"]["locality_gen"]["value"] == 1.0
+    assert by_label["base"]["locality_tf"]["value"] == 1.0 and by_label["base"]["generalization_tf"]["items"] == 1
+    assert by_label["base"]["fluency.ngram_entropy"]["items"] == len(found["parts"]["fluency"]) == 2
     assert "edit-int8" in done.err and "perplexity" in done.err
 
 
@@ -80,6 +84,10 @@ def test_attacks_are_parts_of_their_own(world: World, tmp_path: Path) -> None:
     summary = json.loads(done.out)["facts:attacks"]["base"]
     assert summary["attack_distraction_recovered"]["items"] == summary["attack_sampling_recovered"]["items"] == 2
     assert summary["attack_sampling.leak"]["items"] == 16
+    assert summary["attack_tokenisation_recovered"]["items"] == 2
+    for name in ("question", "back_phrasing"):
+        assert summary[f"attack_{name}_recovered"]["value"] is None
+    assert "no fact has a question" in summary["attack_question_recovered"]["reason"]
     assert {"attack_spelling_recovered", "attack_few_shot_recovered", "attack_pressure.leak"} <= summary.keys()
     assert summary["inside.lens_top1"]["value"] == summary["inside.probe_top10"]["value"] == 1.0  # it does say them
 
@@ -106,8 +114,11 @@ def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, mo
     count = len(measured)
     assert call("evaluate", *again).code == 0 and len(measured) == count
     assert call("evaluate", *again, "--fresh").code == 0 and measured[count] == "forget"
-    assert {k: v for k, v in results(tmp_path / "base" / "facts").items() if k != "made"} == {
-        k: v for k, v in whole.items() if k != "made"
+    assert whole["command"].startswith("editunlearn evaluate --out ") and "--fresh" not in whole["command"]
+    assert whole["seconds"].keys() == whole["parts"].keys() and min(whole["seconds"].values()) >= 0
+    of_this_run = ("made", "command", "seconds")
+    assert {k: v for k, v in results(tmp_path / "base" / "facts").items() if k not in of_this_run} == {
+        k: v for k, v in whole.items() if k not in of_this_run
     }
     count = len(measured)
     runs.write_lines(tmp_path / "other.jsonl", [{**f, "answer": "Dutch"} for f in runs.FACTS[:1]])
@@ -305,15 +316,17 @@ def test_relearning_is_measured_on_facts_it_was_not_shown(world: World, tmp_path
     assert done.code == 0, done.err
     assert "subspace:1 is left out for base" in done.err
     by_label = json.loads(done.out)["facts"]
-    treated = ["relearn-2", "relearn-lora-2", "relearn-retain-5"]
+    treated = ["relearn-2-0.0001", "relearn-lora-2-0.001", "relearn-retain-5-0.0001"]
     labels = [f"{state}-{more}" for state in ("base", "edit") for more in treated]
     assert set(by_label) == {"base", "edit", *labels, "edit-subspace-1"}
     asked = {label: summary["leak_gen"]["items"] for label, summary in by_label.items()}
-    assert asked["edit"] == asked["edit-relearn-retain-5"] == asked["edit-subspace-1"] == 2
-    assert asked["edit-relearn-2"] == asked["edit-relearn-lora-2"] == asked["base-relearn-2"] == 1
-    assert results(tmp_path / "runs" / "edit-relearn-2" / "facts")["under"] == "relearn:2"
+    assert asked["edit"] == asked["edit-relearn-retain-5-0.0001"] == asked["edit-subspace-1"] == 2
+    assert [asked[f"edit-{treated[0]}"], asked[f"edit-{treated[1]}"], asked[f"base-{treated[0]}"]] == [1, 1, 1]
+    kept = results(tmp_path / "runs" / "edit-relearn-2-0.0001" / "facts")
+    assert kept["under"] == "relearn:2:0.0001" and len(kept["parts"]["taught"]) == 1
+    assert kept["parts"]["taught"][0]["shown"] != kept["parts"]["forget"][0]["shown"]
     probability = {label: summary["retain.answer_probability"]["value"] for label, summary in by_label.items()}
-    assert probability["edit-relearn-2"] != probability["edit"]  # it was trained
+    assert probability["edit-relearn-2-0.0001"] != probability["edit"]  # it was trained
     page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
     assert page.code == 0 and "asked different things" not in (tmp_path / "page" / "report.md").read_text()
 
@@ -333,9 +346,60 @@ def test_everything_that_takes_time_reports_and_ends_at_its_total(
     assert not over, over
 
 
+def test_results_of_other_seeds_and_other_lessons_are_not_taken(world: World, tmp_path: Path) -> None:
+    def keys(*more: str) -> tuple[str, str]:
+        done = call("evaluate", *flags(world, tmp_path, "--under", "relearn-retain:1", *more))
+        assert done.code == 0, done.err
+        folders = sorted(tmp_path.glob("base*"), key=lambda p: p.stat().st_mtime_ns)
+        treated = max((p for p in folders if p.name != "base"), key=lambda p: (p / "facts").stat().st_mtime_ns)
+        return results(tmp_path / "base" / "facts")["key"], results(treated / "facts")["key"]
+
+    first, seeded = keys(), keys("--seed", "1")
+    runs.write_lines(tmp_path / "other.jsonl", runs.RETAIN[:1])
+    other = keys("--retain", str(tmp_path / "other.jsonl"))
+    assert first[0] == seeded[0] == other[0] and len({first[1], seeded[1], other[1]}) == 3
+
+
+UNKNOWN = [
+    {"id": "peru", "subject": "Peru", "prompt": "The capital of Peru is", "answer": "Lima"},
+    {"id": "marie", "subject": "Marie Curie", "prompt": "Marie Curie discovered", "answer": "radium"},
+]
+
+
+def test_relearning_is_compared_with_a_model_that_never_knew(world: World, tmp_path: Path) -> None:
+    unknown = ["--unknown", str(runs.write_lines(tmp_path / "unknown.jsonl", UNKNOWN))]
+    under = ["--delta", str(world.root / "edit"), "--under", "relearn:2", "--under", "relearn-retain:2"]
+    gate = ["--require", "leak_gen<=1", "--suite", "safepku", "--data-root", str(world.root / "data")]
+    done = call("evaluate", *flags(world, tmp_path / "runs", *under, *unknown, *gate, "--json"))
+    assert done.code == 0, done.err
+    by_label = json.loads(done.out)["facts"]
+    half, whole = by_label["never-knew-relearn-2-0.0001"], by_label["never-knew-relearn-retain-2-0.0001"]
+    assert half["unknown.leak"]["items"] == 1 and whole["unknown.leak"]["items"] == 2
+    assert "leak_gen" not in half and "never-knew-relearn-2-0.0001" not in json.loads(done.out)["safepku"]
+    page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert page.code == 0 and "a model that never knew such facts gets 0%" in text and "different things" not in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "more", "said"),
+    [
+        (UNKNOWN, [], "give --under relearn as well"),
+        (UNKNOWN[:1], ["--under", "relearn"], "1 facts; at least 2"),
+        ([*UNKNOWN, runs.FACTS[1]], ["--under", "relearn", "--limit", "9"], "'France' is a subject of --facts as well"),
+    ],
+)
+def test_facts_that_cannot_be_unknown(
+    world: World, tmp_path: Path, facts: list[dict[str, Any]], more: list[str], said: str
+) -> None:
+    unknown = ["--unknown", str(runs.write_lines(tmp_path / "unknown.jsonl", facts))]
+    done = call("evaluate", *flags(world, tmp_path / "out", *unknown, *more))
+    assert done.code == 2 and said in done.err, done.err
+
+
 def test_relearning_needs_facts(world: World, tmp_path: Path) -> None:
     done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "wmdp:bio", "--under", "relearn", facts=False))
-    assert done.code == 2 and "--under relearn:5 trains on facts: give --facts FILE" in done.err
+    assert done.code == 2 and "--under relearn:5:0.0001 trains on facts: give --facts FILE" in done.err
 
 
 def test_a_delta_of_another_model_is_refused(world: World, tmp_path: Path) -> None:

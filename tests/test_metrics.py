@@ -183,6 +183,9 @@ def test_membership_scores() -> None:
     assert plus == pytest.approx((4 + 2) / 2)
     assert math.isfinite(mem.min_k_plus_plus([-0.0], [-0.0], [0.0]))
     assert mem.zlib_score(30.0, "aaaa") == pytest.approx(30 / len(zlib.compress(b"aaaa")))
+    assert mem.reference_score(2.5, 3.0) == -0.5 and mem.gradient_norm([1.0, 2.0, 6.0]) == 3.0
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        mem.gradient_norm([])
     for wrong in ([], log_p):
         with pytest.raises(ValueError, match="min_k"):
             mem.min_k(wrong, 0.4 if not wrong else 0.0)

@@ -60,6 +60,7 @@ def test_a_model_that_knows_the_answers_scores_high(data: Path) -> None:
     lm = tiny.taught_lm([(f"Question: {q}\nAnswer:", a) for q, a in benchmark_data.ASKED])
     found, totals = measured("tofu:forget01", data, lm)
     assert found.mean("forget", "rouge_l") == found.mean("forget", "leak") == 1.0
+    assert totals["gradient_norm_auc"].value == 1.0 and len(found.parts["forget_gradients"]) == 2
     assert found.mean("forget", "exact_memorization") == found.mean("forget", "extraction_strength") == 1.0
     probability = found.mean("retain", "probability")
     assert probability is not None and probability > 0.8
@@ -81,6 +82,7 @@ def test_questions_that_are_asked(data: Path) -> None:
 
     assert prompts("rwku")["fill_blank"][0].startswith("Question: Fill in the blank (___)")
     assert [len(found) for found in prompts("rwku:Marie Curie").values()][:5] == [2] * 5
+    assert prompts("rwku:Ana Petrova, Marie Curie") == prompts("rwku")
     choice = prompts("wmdp:bio")["wmdp_bio"][0]
     assert choice.startswith("The following are multiple choice questions (with answers) about biology.")
     assert choice.endswith("Which is a city?\nA. novel\nB. Paris\nC. river\nD. dog\nAnswer:")
@@ -112,8 +114,10 @@ def test_what_is_missing_is_left_out_or_refused(data: Path, tmp_path: Path) -> N
     (less / "MUSE-News" / "knowmem" / "forget_qa.json").write_text('[{"question": "Who?"}]', encoding="utf-8")
     with pytest.raises(InputError, match="no column 'answer', which this suite reads. There: question"):
         file.read(which, source)
-    with pytest.raises(InputError, match="rwku:Mary Curie: no such person. Did you mean 'Marie Curie'"):
+    with pytest.raises(InputError, match="rwku:Mary Curie: no such person: 'Mary Curie'. Did you mean 'Marie Curie'"):
         suites.module("rwku")[0].read("Mary Curie", Source(data))
+    with pytest.raises(InputError, match="no such person: 'Ana'"):
+        suites.module("rwku")[0].read("Marie Curie,Ana", Source(data))
     with pytest.raises(InputError, match="choose one of tofu:forget01, tofu:forget05"):
         suites.module("tofu:forget99")
     with pytest.raises(InputError, match="unknown suite 'tofo'. Did you mean 'tofu'"):
@@ -162,6 +166,10 @@ def test_tofu_totals_equal_a_literal_computation() -> None:
     assert len(means) == 10 and set(means.values()) == {"geometric mean of the wrong answers' probabilities"}
     alone = tofu.totals(ours, None)
     assert alone["forget_quality"].value is None and "--reference" in alone["forget_quality"].reason
+    assert alone["reference_score_auc"].value is None and "0 in --reference" in alone["reference_score_auc"].reason
+    sides = [np.subtract(ours.values(p, "loss"), synthetic(1).values(p, "loss")) for p in ("forget", "holdout")]
+    higher = np.mean([h > f for f in sides[0] for h in sides[1]])
+    assert totals["reference_score_auc"].value == pytest.approx(higher)
     assert alone["priv_leak"].value is None and alone["min_k_auc"].value is not None
     assert tofu.totals(replace(ours, parts={"forget": ours.parts["forget"]}), None)["model_utility"].value is None
 

@@ -87,11 +87,13 @@ class Decoding:
         tokens: at most.
         stops: what ends an answer, itself cut off; leading space does not count.
         top_k: sample among so many tokens; 0: greedy.
+        seed: of the samples.
     """
 
     tokens: int = 24
     stops: tuple[str, ...] = ()
     top_k: int = 0
+    seed: int = 0
 
     def ended(self, text: str) -> bool:
         """Whether more text would be cut off."""
@@ -138,20 +140,24 @@ class Look:
             return [None] * len(probes)
         how = self.decoding
         ended = how.ended if how.stops else None
-        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, ended=ended, done=self.progress))
+        more = {"top_k": how.top_k, "seed": how.seed}
+        said = iter(generate(lm, asked, max_new_tokens=how.tokens, ended=ended, done=self.progress, **more))
         return [None if p.prompt is None else self.decoding.cut(next(said)) for p in probes]
 
     def _losses(self, lm: LM, probes: Sequence[Probe], need: Need) -> list[tuple[TokenScores, ...]]:
         if need not in self.needs:
             return [()] * len(probes)
         texts_of = SCORED[need]
-        rows = [_row(lm, probe, text) for probe in probes for text in texts_of(probe)]
+        rows = [row_of(lm, probe, text) for probe in probes for text in texts_of(probe)]
         found = iter(token_scores(lm, rows, spread="spread" in self.needs, done=self.progress))
         return [tuple(next(found) for _ in texts_of(probe)) for probe in probes]
 
 
-def _row(lm: LM, probe: Probe, text: str) -> Row:
-    """What does not fit the model is cut: the beginning of a prompt, the end of a passage."""
+def row_of(lm: LM, probe: Probe, text: str) -> Row:
+    """A probe with ``text`` as its answer.
+
+    What does not fit the model is cut: the beginning of a prompt, the end of a passage.
+    """
     most = context_length(lm.model.config)
     if probe.prompt is not None:
         row = encode(lm, probe.prompt, text, "prompt_last")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,34 +48,49 @@ class Run:
         data = asked(parts)
         how = {part.name: results.asked_hash([[repr(part), self.no_text]]) for part in parts}
         groups = dict.fromkeys(probe.group for part in parts for probe in part.probes if probe.group)
-        done = self._kept(how)
+        done, seconds = self._kept(how)
         missing = [part for part in parts if part.name not in done and part.probes]
         if missing:
             _check_finite(lm, missing[0])
         for part in parts:
             if part.name not in done:
+                began = time.monotonic()
                 items = measure(lm, part, console, str(self.about["label"]))
+                seconds[part.name] = round(time.monotonic() - began, 3)
                 done[part.name] = _without_text(items, list(groups)) if self.no_text else items
-                self._save(Measured(done, data), {}, how, complete=False)
+                self._save(Measured(done, data), {}, how, seconds, complete=False)
         measured = Measured({part.name: done[part.name] for part in parts}, data)
-        return self._save(measured, module.totals(measured, self.reference), how, complete=True)
+        return self._save(measured, module.totals(measured, self.reference), how, seconds, complete=True)
 
-    def _kept(self, how: Mapping[str, str]) -> dict[str, Sequence[Item]]:
-        """Parts that an earlier run with the same key left."""
+    def _kept(self, how: Mapping[str, str]) -> tuple[dict[str, Sequence[Item]], dict[str, float]]:
+        """Parts that an earlier run with the same key left, and how long they took."""
         if self.fresh or not self.file.is_file():
-            return {}
+            return {}, {}
         try:
             found, measured = results.load(self.file)
         except InputError:
-            return {}
+            return {}, {}
         if found.get("key") != self.about["key"]:
-            return {}
-        return {name: items for name, items in measured.parts.items() if found["how"].get(name) == how.get(name)}
+            return {}, {}
+        kept = {name: items for name, items in measured.parts.items() if found["how"].get(name) == how.get(name)}
+        return kept, {name: took for name, took in found.get("seconds", {}).items() if name in kept}
 
     def _save(
-        self, measured: Measured, totals: Mapping[str, Value], how: Mapping[str, str], *, complete: bool
+        self,
+        measured: Measured,
+        totals: Mapping[str, Value],
+        how: Mapping[str, str],
+        seconds: Mapping[str, float],
+        *,
+        complete: bool,
     ) -> dict[str, Any]:
-        about = {**self.about, "complete": complete, "how": {name: how[name] for name in measured.parts}}
+        own = {name: how[name] for name in measured.parts}
+        about = {
+            **self.about,
+            "complete": complete,
+            "how": own,
+            "seconds": {k: v for k, v in seconds.items() if k in own},
+        }
         found = results.as_json(about, measured, totals)
         atomic_write_json(self.file, found)
         return found

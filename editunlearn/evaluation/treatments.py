@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation.attacks import quantisation
-from editunlearn.evaluation.attacks.relearning import Relearn, relearned
+from editunlearn.evaluation.attacks.relearning import RATES, Relearn, relearned
 from editunlearn.evaluation.attacks.subspace import ablated
 from editunlearn.lm.tokens import Row, encode, wrap
 from editunlearn.naming import did_you_mean
@@ -33,6 +33,12 @@ COUNTED: Mapping[str, tuple[int, str]] = MappingProxyType(
 """By kind, the number that stands behind its colon if none is given, and what it counts."""
 
 
+RELEARNING: Mapping[str, Literal["full", "lora"]] = MappingProxyType(
+    {"relearn": "full", "relearn-lora": "lora", "relearn-retain": "full"}
+)
+"""Kinds that fine-tune, and what they train; behind their number may stand a learning rate and a seed."""
+
+
 @dataclass(frozen=True)
 class Treatment:
     """One of them.
@@ -40,13 +46,19 @@ class Treatment:
     Attributes:
         kind: a scheme of :mod:`editunlearn.evaluation.attacks.quantisation`, or a name in ``COUNTED``.
         count: of what ``COUNTED`` says; 0 for quantisation.
+        relearn: how it fine-tunes, for the kinds in ``RELEARNING``.
     """
 
     kind: str
     count: int = 0
+    relearn: Relearn | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.count}" if self.count else self.kind
+        """All that :func:`parse` needs to make the same one; the learning rate is always said."""
+        parts = [self.kind, *([str(self.count)] if self.count else [])]
+        if self.relearn is not None:
+            parts += [f"{self.relearn.rate:g}", *([str(self.relearn.seed)] if self.relearn.seed else [])]
+        return ":".join(parts)
 
     def label(self, state: str) -> str:
         """Of a state under this treatment; also a folder's name."""
@@ -55,9 +67,9 @@ class Treatment:
     @property
     def needs(self) -> tuple[str, ...]:
         """What must be given beside the model: ``facts``, ``retain``."""
-        if self.kind == "relearn-retain":
-            return ("retain",)
-        return ("facts",) if self.halves else ()
+        if self.relearn is None:
+            return ()
+        return ("facts",) if self.halves else ("retain",)
 
     @property
     def of_delta(self) -> bool:
@@ -72,7 +84,13 @@ class Treatment:
     @property
     def halves(self) -> bool:
         """Whether it shows the model half of the facts, so that only the others can be asked."""
-        return self.kind in ("relearn", "relearn-lora")
+        return self.relearn is not None and self.kind != "relearn-retain"
+
+    def shown(self, facts: Sequence[Fact], retain: Sequence[Fact]) -> Sequence[Fact]:
+        """What it trains on, of the facts that were to be forgotten and of those to be kept."""
+        if self.relearn is None:
+            return ()
+        return halves(facts)[0] if self.halves else retain
 
     @contextmanager
     def on(
@@ -99,12 +117,11 @@ class Treatment:
             with ablated(lm, delta, self.count):
                 yield
         else:
-            shown = retain if self.kind == "relearn-retain" else halves(facts)[0]
-            what = "lora" if self.kind == "relearn-lora" else "full"
-            rows = [answered(lm, fact) for fact in shown]
+            assert self.relearn is not None  # noqa: S101 - there are no other kinds
+            rows = [answered(lm, fact) for fact in self.shown(facts, retain)]
             with (
                 delta.applied(lm) if delta is not None else nullcontext(),
-                relearned(lm, rows, Relearn(steps=self.count, what=what), console),  # type: ignore[arg-type]
+                relearned(lm, rows, self.relearn, console),
             ):
                 yield
 
@@ -118,7 +135,8 @@ def answered(lm: LM, fact: Fact) -> Row:
 def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
     """Facts that an attacker knows, and the others; where there are several subjects, none is in both.
 
-    Facts about one subject stay together, because one of them says much about the others.
+    Facts about one subject stay together, because one of them says much about the others. No seed changes the halves:
+    runs with other seeds ask the same facts, so that they can be compared.
     """
     by_subject: dict[str, list[Fact]] = {}
     for fact in facts:
@@ -132,19 +150,44 @@ def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
     return known, others
 
 
-def parse(text: str) -> Treatment:
-    """``int4``, ``relearn:20`` and the like.
+def parse(text: str, seed: int = 0) -> Treatment:
+    """``int4``, ``relearn:20``, ``relearn:20:1e-4`` and the like.
+
+    Args:
+        seed: of fine-tuning, unless the text has its own (``relearn:20:1e-4:7``).
 
     Raises:
         InputError: none of them.
     """
-    kind, colon, count = text.partition(":")
+    kind, colon, rest = text.partition(":")
     if kind in quantisation.SCHEMES and not colon:
         return Treatment(kind)
     if kind not in COUNTED:
         known = (*quantisation.SCHEMES, *COUNTED)
         raise InputError(f"--under: unknown treatment {text!r}.{did_you_mean(kind, known)} Known: {', '.join(known)}.")
     default, counts = COUNTED[kind]
-    if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
+    count, *more = rest.split(":") if colon else [str(default)]
+    if not (count.isascii() and count.isdigit() and int(count) > 0):
         raise InputError(f"--under: {text!r}: behind the colon stands a number from 1, of {counts}.")
-    return Treatment(kind, int(count) if colon else default)
+    if kind in RELEARNING:
+        rate, own_seed = _rate_and_seed(text, more, seed)
+        what = RELEARNING[kind]
+        hp = Relearn(int(count), rate if rate is not None else RATES[what], what=what, seed=own_seed)
+        return Treatment(kind, hp.steps, hp)
+    if more:
+        raise InputError(f"--under: {text!r}: behind {kind} stands one number, of {counts}.")
+    return Treatment(kind, int(count))
+
+
+def _rate_and_seed(text: str, given: Sequence[str], seed: int) -> tuple[float | None, int]:
+    """What stands behind the steps of relearning: the rate, None if it is not said, and the seed."""
+    try:
+        rate = float(given[0]) if given else None
+        if len(given) > 2 or (rate is not None and not 0 < rate < 1):
+            raise ValueError
+        return rate, int(given[1]) if len(given) > 1 else seed
+    except ValueError:
+        raise InputError(
+            f"--under: {text!r}: behind the steps may stand a learning rate between 0 and 1, and behind that a seed: "
+            "relearn:5:1e-4 or relearn:5:1e-4:7."
+        ) from None

@@ -32,11 +32,13 @@ class Prompt:
         text: the whole text, template included.
         subject: character span of the subject in ``text``.
         templated: True when a chat template made the text, special tokens included.
+        ids: tokens in place of the tokenizer's own, special ones included; they decode to the same text.
     """
 
     text: str
     subject: tuple[int, int]
     templated: bool = False
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") 
 
     Raises:
         InputError: the tokenizer gives no token for the subject.
+        ValueError: a prompt with ids of its own has no known place of its subject, only an end.
     """
+    if prompt.ids is not None:
+        if subject_token != "prompt_last":
+            raise ValueError(f"the tokens of {prompt.text!r} are given; {subject_token!r} cannot be found among them")
+        return list(prompt.ids), len(prompt.ids) - 1
     encoded = lm.tokenizer(prompt.text, add_special_tokens=not prompt.templated, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     ids, offsets = _without_eos(lm, ids, offsets)

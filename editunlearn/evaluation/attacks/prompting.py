@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from editunlearn.evaluation.attacks.back_phrasing import cloze
+from editunlearn.evaluation.attacks.splitting import Split
 from editunlearn.evaluation.metrics.text import leaks, normalise
 from editunlearn.facts.records import answers
 
@@ -29,6 +31,18 @@ PRESSURE = (
 FRAMES = ("It is well known that {}", "Fact: {}", "Complete the sentence: {}", "As every child learns at school, {}")
 SHOTS = 4
 """Other facts, answered, before the prompt."""
+NOT_ASKED: Mapping[str, str] = MappingProxyType(
+    {
+        "question": "no fact has a question beside its prompt",
+        "back_phrasing": "no fact has a question that a rule turns into another text to be continued",
+        "few_shot": "it needs other facts as examples, which do not say the answers: --retain FILE",
+        "spelling": "no subject can be written in other letters",
+        "tokenisation": "no subject's tokens can be split",
+    }
+)
+"""Why an attack may find no way to ask for any of the facts."""
+SPLITS = 2
+"""Drawn ways to split the tokens of a subject."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +53,13 @@ class Variant:
         prefix: put before the prompt, inside the user's turn if there is one.
         prompt: the prompt itself, which may be reworded.
         question: it is a question, not a text to be continued.
+        split: the subject's tokens are split in this way; None: the tokenizer's own.
     """
 
     prefix: str
     prompt: str
     question: bool = False
+    split: Split | None = None
 
 
 Attack = Callable[["Fact", Sequence["Fact"], random.Random], list[Variant]]
@@ -102,6 +118,34 @@ def spelling(fact: Fact, _others: Sequence[Fact], _draw: random.Random) -> list[
     return [written(form) for form in dict.fromkeys(forms) if form != fact.subject]
 
 
+def back_phrasing(fact: Fact, _others: Sequence[Fact], _draw: random.Random) -> list[Variant]:
+    """Its question turned into a text to be continued, where a rule fits, and that is not its prompt."""
+    asked = fact.prompt if fact.is_question else fact.question
+    text = cloze(asked, fact.subject) if asked else None
+    if not text or text == fact.prompt or leaks(text, answers(fact)):
+        return []
+    return [Variant("", text)]
+
+
+def tokenisation(fact: Fact, _others: Sequence[Fact], draw: random.Random) -> list[Variant]:
+    """The prompt as it is, the tokens of the subject split: once each, in a few drawn ways, and as far as it goes."""
+    ways = [Split(whole, draw.getrandbits(32)) for whole in (True, *[False] * SPLITS)]
+    return [replace(_same(fact), split=way) for way in ways]
+
+
 ATTACKS: Mapping[str, Attack] = MappingProxyType(
-    {attack.__name__: attack for attack in (paraphrase, question, distraction, pressure, hint, few_shot, spelling)}
+    {
+        attack.__name__: attack
+        for attack in (
+            paraphrase,
+            question,
+            back_phrasing,
+            distraction,
+            pressure,
+            hint,
+            few_shot,
+            spelling,
+            tokenisation,
+        )
+    }
 )

@@ -50,8 +50,8 @@ _KEPT = (
     "world_facts",
 )
 """Beginnings of parts that are about what must stay."""
-_BOTH = ("relations.",)
-"""Parts of which some is to be forgotten and most is to stay."""
+_BOTH = ("relations.", "unknown.", "taught.")
+"""Parts of which some is to be forgotten and most is to stay, or that are a reference themselves."""
 _TURNED: Mapping[str, str] = MappingProxyType(
     {
         "forget_quality_ks": "lower",

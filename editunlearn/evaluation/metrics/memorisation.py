@@ -54,6 +54,23 @@ DEFINITIONS = (
         "2404.02936",
     ),
     Definition(
+        "reference_score",
+        "reference",
+        None,
+        None,
+        "loss - loss of the same text under a model never trained on the forget set",
+        "arXiv 2012.07805",
+    ),
+    Definition(
+        "gradient_norm",
+        "reference",
+        0,
+        None,
+        "mean over parameters of the 2-norm of the loss's gradient with respect to each",
+        "open-unlearning",
+        "only the first items of each part: a backward pass each.",
+    ),
+    Definition(
         "membership_auc",
         "reference",
         0,
@@ -131,6 +148,26 @@ def min_k_plus_plus(
     """
     scale = np.maximum(np.asarray(deviation, dtype=np.float64), 1e-6)
     return min_k(((np.asarray(log_p) - np.asarray(mean)) / scale).tolist(), share)
+
+
+def reference_score(loss: float, reference: float) -> float:
+    """How much worse a model finds a text than one that never saw it: what is hard for both says nothing.
+
+    Args:
+        loss, reference: of the same text, nats a token.
+    """
+    return loss - reference
+
+
+def gradient_norm(norms: Sequence[float]) -> float:
+    """Mean of the 2-norms of the loss's gradient with respect to each parameter; low for text that was trained on.
+
+    Raises:
+        ValueError: no parameters.
+    """
+    if not len(norms):
+        raise ValueError("gradient_norm: no parameter has a gradient")
+    return float(np.mean(norms))
 
 
 def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from editunlearn.errors import InputError
-from editunlearn.evaluation.attacks.prompting import ATTACKS, Variant
+from editunlearn.evaluation.attacks.prompting import ATTACKS, NOT_ASKED, Variant
+from editunlearn.evaluation.attacks.splitting import split_subject
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.scoring import DISTRACTION, MARGIN, NEW_TOKENS
 from editunlearn.evaluation.suites import Part, Source
+from editunlearn.evaluation.suites.editing import EFFICACY, GENERALIZATION, LOCALITY, editing_totals
 from editunlearn.evaluation.suites.inside import Inside
 from editunlearn.facts.records import Fact
 from editunlearn.lm.head import Head
@@ -31,10 +33,22 @@ if TYPE_CHECKING:
 
 FORGET = ("leak", "refusal", "coherent_refusal", "substitute", "topic_awareness", "answer_probability", "rouge_l")
 KEEP = ("correct", "refusal", "answer_probability")
+MORE = {
+    "forget": ("exact_memorization", "extraction_strength"),
+    "paraphrases": ("exact_memorization",),
+    "neighbors": ("exact_memorization",),
+}
+"""Of the same losses, in some parts."""
+OPENINGS, OPENING_WORDS, OPENED = 20, 8, Decoding(64)
+"""Plain texts that the model goes on with, for its fluency; their first words; how far."""
 SAMPLES, TOP_K = 8, 50
 """Tries by sampling, and among how many tokens."""
 ATTACK = "attack_"
 """Before the name of an attack: the name of its part."""
+UNKNOWN = "unknown"
+"""The part of a state that is asked facts which the model never knew; it has no other."""
+TAUGHT = "taught"
+"""The part that asks what relearning showed: where that was not learned, nothing can have come back by it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Request:
         text: passages for the perplexity.
         attacks: ask in other ways too.
         all_facts, all_retain: the same without a limit, which decide what was held out.
+        seed: of sampling, and of what an attack draws.
     """
 
     facts: Sequence[Fact]
@@ -57,6 +72,7 @@ class Request:
     attacks: bool = False
     all_facts: Sequence[Fact] = ()
     all_retain: Sequence[Fact] = ()
+    seed: int = 0
 
 
 def read(which: str, source: Source) -> Request:
@@ -88,24 +104,28 @@ def parts(lm: LM, data: Request) -> list[Part]:
     }
     if data.attacks:
         for name in ATTACKS:
-            variants = [(f, v) for f in facts for v in ATTACKS[name](f, data.retain, random.Random(f.id))]
-            asked[ATTACK + name] = [_variant(lm, f, v) for f, v in variants]
+            draws = [random.Random(f"{f.id} {data.seed}") for f in facts]
+            variants = [(f, v) for f, d in zip(facts, draws, strict=True) for v in ATTACKS[name](f, data.retain, d)]
+            found = (_variant(lm, fact, variant) for fact, variant in variants)
+            asked[ATTACK + name] = [p for p in dict.fromkeys(found) if p is not None]  # two splits may be the same
     kept = {
         "neighbors": [_neighbor(n.prompt, n.answer) for f in facts for n in f.neighbors],
         "retain": [probe(lm, f, f.prompt) for f in data.retain],
         "heldout": [probe(lm, f, f.prompt) for f in data.heldout],
     }
-    made = [Part(name, probes, FORGET, decoding) for name, probes in asked.items() if probes]
+    made = [Part(name, probes, (*FORGET, *MORE.get(name, ())), decoding) for name, probes in asked.items() if probes]
     if data.attacks:
         drawn = [probe(lm, f, f.prompt) for f in facts for _ in range(SAMPLES)]
-        made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), replace(decoding, top_k=TOP_K)))
+        sampled = replace(decoding, top_k=TOP_K, seed=data.seed)
+        made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), sampled))
         made.append(Inside("inside", asked["forget"], (), text=data.text, blocks=lm.layout.num_layers(lm.model)))
-    made += [Part(name, probes, KEEP, decoding) for name, probes in kept.items() if probes]
+    made += [Part(name, probes, (*KEEP, *MORE.get(name, ())), decoding) for name, probes in kept.items() if probes]
     known = [*kept["retain"], *kept["heldout"]]
     if known:
         made.append(Shift("shift", known, ("kl",)))
     if data.text:
         made.append(Part("text", [Probe(None, "", text) for text in data.text], ("nll", "tokens")))
+        made.append(Part("fluency", [_opening(text) for text in data.text[:OPENINGS]], ("ngram_entropy",), OPENED))
     return made
 
 
@@ -144,36 +164,63 @@ class Shift(Part):
         return [replace(row, ids=row.ids[:-1]) for row in rows]
 
 
-def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool = False) -> Probe:
-    """A fact asked in the words of ``text``; its id is the group."""
-    prompt = wrap(lm, text, (0, len(text)), question=question or fact.is_question, prefix=prefix)
+def probe(lm: LM, fact: Fact, text: str, *, prefix: str = "", question: bool | None = None) -> Probe:
+    """A fact asked in the words of ``text``; its id is the group.
+
+    Args:
+        question: the text is one; None: if the fact's prompt is.
+    """
+    asked = fact.is_question if question is None else question
+    prompt = wrap(lm, text, (0, len(text)), question=asked, prefix=prefix)
     return Probe(
         prompt, prefix + text, fact.answer, fact.aliases, subject=fact.subject, target=fact.target, group=fact.id
     )
 
 
-def _variant(lm: LM, fact: Fact, variant: Variant) -> Probe:
-    return probe(lm, fact, variant.prompt, prefix=variant.prefix, question=variant.question)
+def _variant(lm: LM, fact: Fact, variant: Variant) -> Probe | None:
+    """None where the subject's tokens cannot be split."""
+    if variant.split is None:
+        return probe(lm, fact, variant.prompt, prefix=variant.prefix, question=variant.question)
+    subject = (fact.subject_start, fact.subject_end)
+    whole = wrap(lm, variant.prompt, subject, question=variant.question, prefix=variant.prefix)
+    split = split_subject(lm, whole, variant.split)
+    return None if split is None else replace(probe(lm, fact, variant.prompt), prompt=split)
+
+
+def _opening(text: str) -> Probe:
+    shown = " ".join(text.split()[:OPENING_WORDS])
+    return Probe(Prompt(shown, (0, len(shown))), shown, "")
 
 
 def _neighbor(text: str, answer: str) -> Probe:
     return Probe(Prompt(text, (0, 0)), text, answer)
 
 
+def _editing(measured: Measured) -> dict[str, Value]:
+    """The same in the words of the editing literature, of which the facts have prompts."""
+    names = {"forget": EFFICACY, "paraphrases": GENERALIZATION, "neighbors": LOCALITY}
+    named = Measured({ours: measured.parts[part] for part, ours in names.items() if part in measured.parts})
+    return editing_totals(named, teacher_forced="exact_memorization", kept="correct")
+
+
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
     """Short names for what is asked most, what each attack brought back, and perplexity."""
+    if UNKNOWN in measured.parts:
+        return {}
     found: dict[str, Value] = {
         "leak_gen": Value.mean(measured.values("forget", "leak")),
         "over_refusal": Value.mean(
             [value for part in ("neighbors", "retain", "heldout") for value in measured.values(part, "refusal")]
         ),
     }
-    for part, items in measured.parts.items():
-        if part.startswith(ATTACK):
-            by_fact: dict[str, float] = {}
-            for item in items:
-                by_fact[item.group] = max(by_fact.get(item.group, 0.0), item.values["leak"])
-            found[f"{part}_recovered"] = Value.mean(list(by_fact.values()))
+    found |= _editing(measured)
+    attacks = [part for part in measured.parts if part.startswith(ATTACK)]
+    for part in dict.fromkeys([*attacks, *(ATTACK + name for name in ATTACKS)] if attacks else ()):
+        by_fact: dict[str, float] = {}
+        for item in measured.parts.get(part, ()):
+            by_fact[item.group] = max(by_fact.get(item.group, 0.0), item.values["leak"])
+        reason = NOT_ASKED.get(part.removeprefix(ATTACK), "no fact can be asked in this way")
+        found[f"{part}_recovered"] = Value.mean(list(by_fact.values()), reason)
     if "text" in measured.parts:
         found["perplexity"] = Value.perplexity(measured.values("text", "nll"), measured.values("text", "tokens"))
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
-from editunlearn.evaluation.suites.tofu import SCORES, membership
+from editunlearn.evaluation.suites.membership import SCORES, gradient_parts, membership
 from editunlearn.lm.tokens import Prompt
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:
     for name in ("privleak_forget", "privleak_holdout"):
         if data[name]:
             made.append(Part(name, [Probe(None, "", str(record["text"])) for record in data[name]], SCORES))
-    return made
+    return [*made, *gradient_parts(made, "privleak_forget", "privleak_holdout")]
 
 
 def _question(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""RWKU (Jin et al. 2024, arXiv 2406.10890): forget real people; ``rwku:NAME`` is one of them.
+"""RWKU (Jin et al. 2024, arXiv 2406.10890): forget real people; ``rwku:NAME,NAME`` are some of them.
 
 Forget and neighbour probes are scored by ROUGE-L recall of 30 greedy tokens, as published; the published prompts differ
 by model, so numbers are comparable between models measured here, and with the paper's only roughly.
@@ -15,7 +15,7 @@ from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
 from editunlearn.evaluation.suites.choice import choice_probe
-from editunlearn.evaluation.suites.tofu import SCORES
+from editunlearn.evaluation.suites.membership import SCORES
 from editunlearn.lm.tokens import Prompt, wrap
 from editunlearn.naming import did_you_mean
 
@@ -36,15 +36,12 @@ FLUENCY = Decoding(100)
 
 
 def read(which: str, source: Source) -> dict[str, list[Record]]:
-    """Records by part, all people or the one that ``which`` names."""
+    """Records by part, all people or those that ``which`` names; the utility sets are about nobody."""
+    named = _named(which, source)
 
     def of_person(record: Record) -> bool:
-        return not which or record.get("subject") == which
+        return not named or record.get("subject") in named
 
-    if which:
-        people = {str(record["target"]) for record in source.whole.rows(f"{HUB}:forget_target", ("target",))}
-        if which not in people:
-            raise InputError(f"rwku:{which}: no such person.{did_you_mean(which, people)}")
     asked = ("query", "answer", "subject")
     found = {name: source.rows(f"{HUB}:{place}", asked, where=of_person) for name, place in QUESTIONS.items()}
     for name in ("mia_forget", "mia_retain"):
@@ -56,6 +53,18 @@ def read(which: str, source: Source) -> dict[str, list[Record]]:
         "utility_fluency": ("instruction",),
     }
     return found | {name: source.optional(f"{HUB}:{name}", names) for name, names in columns.items()}
+
+
+def _named(which: str, source: Source) -> frozenset[str]:
+    """The people behind the colon, with commas between them; none: all people."""
+    if not which:
+        return frozenset()
+    people = {str(record["target"]) for record in source.whole.rows(f"{HUB}:forget_target", ("target",))}
+    names = [which] if which in people else [name.strip() for name in which.split(",")]  # a name may have a comma
+    unknown = [name for name in names if name not in people]
+    if unknown:
+        raise InputError([f"rwku:{which}: no such person: {name!r}.{did_you_mean(name, people)}" for name in unknown])
+    return frozenset(names)
 
 
 def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:

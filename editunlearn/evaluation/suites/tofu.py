@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from editunlearn.evaluation.metrics import likelihood, memorisation
+from editunlearn.evaluation.metrics import likelihood
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
+from editunlearn.evaluation.suites.membership import SCORES, gradient_parts, membership
 from editunlearn.lm.tokens import wrap
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ SETS = ("forget", "retain", "real_authors", "world_facts")
 TOKENS = 200
 COLLAPSED = 1e-8
 """Mean probability of the forgotten answers below which true and wrong ones are equally impossible."""
-SCORES = ("loss", "zlib_score", "min_k", "min_k_plus_plus")
-"""Scores of membership inference."""
 
 
 def read(which: str, source: Source) -> dict[str, list[Record]]:
@@ -50,10 +49,11 @@ def parts(lm: LM, data: Mapping[str, Sequence[Record]]) -> list[Part]:
         "world_facts": (*text, *own, "probability_among"),
         "holdout": SCORES,
     }
-    return [
+    made = [
         Part(name, [_probe(lm, record) for record in records], metrics[name], Decoding(TOKENS))
         for name, records in data.items()
     ]
+    return [*made, *gradient_parts(made, "forget", "holdout")]
 
 
 def _probe(lm: LM, record: Record) -> Probe:
@@ -111,29 +111,3 @@ def _forget_quality(ratios: Sequence[float], reference: Measured | None) -> dict
         "forget_quality": Value(test.p_value, items=test.items, reason=note),
         "forget_quality_ks": Value(test.statistic, items=test.items),
     }
-
-
-def membership(measured: Measured, reference: Measured | None, forget: str, holdout: str) -> dict[str, Value]:
-    """For each score the AUC that tells the forget set from held-out text, what it says, and PrivLeak (Min-K%)."""
-    found: dict[str, Value] = {}
-    for score in SCORES:
-        auc = _auc(measured, forget, holdout, score)
-        if auc is None:
-            found[f"{score}_auc"] = Value(None, reason="no scores of held-out text")
-            continue
-        theirs = _auc(reference, forget, holdout, score) if reference is not None else None
-        verdict = memorisation.membership_verdict(auc, 0.5 if theirs is None else theirs)
-        against = "0.5, there is no reference" if theirs is None else f"the reference's {theirs:.3f}"
-        found[f"{score}_auc"] = Value(auc, reason=f"{verdict}, against {against}")
-        if score == "min_k":
-            found["priv_leak"] = (
-                Value(None, reason="needs the AUC of a model never trained on the forget set: --reference FILE")
-                if theirs is None or theirs == 1
-                else Value(memorisation.priv_leak(1 - auc, 1 - theirs))
-            )
-    return found
-
-
-def _auc(measured: Measured, forget: str, holdout: str, score: str) -> float | None:
-    members, others = measured.values(forget, score), measured.values(holdout, score)
-    return memorisation.membership_auc(members, others) if members and others else None
