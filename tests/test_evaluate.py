@@ -248,6 +248,7 @@ BAD_DATA: list[tuple[str, str, Any, str]] = [
     ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "", "choices": ["a", "b"], "answer": 0}], "none of its 1 records"),
     ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": "ab", "answer": 0}], "'choices' is a list of 2"),
     ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": ["a", "b"], "answer": 2}], "a number from 0 to 1"),
+    ("rwku", "RWKU/utility_general", [{"question": "q", "choices": ["a", "b"], "answer": -1}], "from 0 to 1; it is -1"),
     ("counterfact:ROOT/c.json", "c", [{**CASE, "requested_rewrite": "x"}], "case 0 has no requested_rewrite.prompt"),
     ("counterfact:ROOT/c.json", "c", [{**CASE, "paraphrase_prompts": None}], "no column 'paraphrase_prompts'"),
     ("counterfact:azhx/counterfact:train", "counterfact/test", [CASE], "counterfact has no 'train'. It has test.json"),
