@@ -11,8 +11,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write to a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,6 +54,13 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Writes ``data`` to ``path``; a reader sees the old content or all of the new."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def atomic_write_together(files: Mapping[Path, bytes]) -> None:
+    """Like `atomic_write_bytes` for files that belong together: none is replaced before all are written."""
+    with ExitStack() as stack:
+        for path, data in files.items():
+            stack.enter_context(atomic_path(path)).write_bytes(data)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
     from editunlearn.evaluation.gates import Gate
-    from editunlearn.evaluation.results import Measured
+    from editunlearn.evaluation.reference import Other
     from editunlearn.evaluation.states import State
     from editunlearn.evaluation.suites import Module, Part, Source
     from editunlearn.evaluation.treatments import Treatment
@@ -67,7 +67,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
     p.add_argument("--limit", type=int, help="of each part, only the first so many items")
     p.add_argument("--reference", type=Path, help="results of a model that was never trained on the forget set")
-    p.add_argument("--baseline", type=Path, help="results to be shown beside these")
+    p.add_argument("--baseline", type=Path, help="results to be shown beside these, also open-unlearning's")
     p.add_argument("--require", action="append", default=[], metavar='"METRIC<=X"', help="exit with 3 if it is not so")
     p.add_argument(
         "--out", type=Path, default=Path("runs/evaluate"), help="folder for results (default: runs/evaluate)"
@@ -93,7 +93,7 @@ class Plan:
         states: to be measured.
         gates: that must be met.
         references: by suite, results of a model that never knew.
-        baseline: results to show beside.
+        baselines: by suite, results to show beside.
         notes: what is left out.
         source: with the facts, which some treatments train on.
     """
@@ -101,8 +101,8 @@ class Plan:
     suites: dict[str, tuple[Module, Any]]
     states: list[State]
     gates: list[Gate]
-    references: dict[str, Measured]
-    baseline: dict[str, Any] | None
+    references: dict[str, Other]
+    baselines: dict[str, Other]
     notes: list[str]
     source: Source
 
@@ -113,8 +113,8 @@ def plan(args: argparse.Namespace) -> Plan:
     Raises:
         InputError: everything that is wrong.
     """
-    from editunlearn.evaluation import gates, results, suites
-    from editunlearn.evaluation.reference import load_reference
+    from editunlearn.evaluation import gates, suites
+    from editunlearn.evaluation.reference import load_others
     from editunlearn.evaluation.states import states
     from editunlearn.evaluation.treatments import parse
 
@@ -138,8 +138,10 @@ def plan(args: argparse.Namespace) -> Plan:
         lambda: states(list(zip(names, deltas, strict=False)), treatments, base=args.base, unknown=unknown)
     ) or ([], [])
     wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
-    references = (checks.run(lambda: load_reference(args.reference, args.suite)) if args.reference else None) or {}
-    baseline = checks.run(lambda: results.load(args.baseline)[0]) if args.baseline else None
+    references, baselines = (
+        (checks.run(lambda p=path, f=flag: load_others(p, args.suite, f)) if path else None) or {}  # type: ignore[misc]
+        for flag, path in (("--reference", args.reference), ("--baseline", args.baseline))
+    )
     if args.model is None:
         made_on = deltas[0].manifest.base if deltas else None
         args.model, args.revision = (made_on.name, made_on.revision) if made_on else ("demo", args.revision)
@@ -147,7 +149,7 @@ def plan(args: argparse.Namespace) -> Plan:
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.finish()
     return Plan(
-        found, measured, [gate for gate in wanted if gate], references, baseline, [*source.notes, *left_out], source
+        found, measured, [gate for gate in wanted if gate], references, baselines, [*source.notes, *left_out], source
     )
 
 
@@ -229,24 +231,37 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
         if state.delta is not None:
             check_base(state.delta, lm)
     asked = _asked(lm, made, args, console)
+    _check_alike(asked, made)
     found: dict[str, dict[str, Any]] = {name: {} for name in made.suites}
     weights = model_fingerprint(lm)  # before anything is applied
-    for of_suite in asked.values():
-        for part in (part for parts in of_suite.values() for part in parts):
-            part.prepare(lm)
+    parts = [part for of_suite in asked.values() for parts in of_suite.values() for part in parts]
+    with console.progress(sum(part.looks_before for part in parts), "before anything is applied") as bar:
+        for part in parts:
+            part.prepare(lm, bar.update)
     facts, retain = (of[: args.limit] for of in (made.source.facts, made.source.retain))
     for state in made.states:
-        with state.on(lm, facts, retain):
+        with state.on(lm, facts, retain, console):
             for name, (file, _) in made.suites.items():
                 if state.unknown and not _is_facts(name):
                     continue
                 place = args.out / state.label / slug(name) / results.FILE
                 about = _about(args, lm, weights, name, state, state.taught(facts, retain))
-                run = Run(place, about, made.references.get(name), args.fresh, args.no_text and _is_facts(name))
+                reference = made.references[name].measured if name in made.references else None
+                run = Run(place, about, reference, args.fresh, args.no_text and _is_facts(name))
                 found[name][state.label] = run.measure(lm, file, asked[name][_which(state)], console)
                 if name.startswith("tofu"):
                     _write_open_unlearning(place)
     return found
+
+
+def _check_alike(asked: Mapping[str, Mapping[Which, Sequence[Part]]], made: Plan) -> None:
+    """Raise InputError where a reference or a baseline was asked something else; nothing has been measured yet."""
+    from editunlearn.evaluation.results import check_alike
+    from editunlearn.evaluation.running import asked as data_of
+
+    for flag, others in (("--reference", made.references), ("--baseline", made.baselines)):
+        for suite, other in others.items():
+            check_alike(data_of(asked[suite][False, False]), other.measured, flag)
 
 
 Which = tuple[bool, bool]
@@ -283,12 +298,11 @@ def _asked(lm: LM, made: Plan, args: argparse.Namespace, console: Console) -> di
 def _write_open_unlearning(place: Path) -> None:
     """Beside the results the file that open-unlearning would have written."""
     from editunlearn.artifacts import atomic_write_json
-    from editunlearn.evaluation import results
-    from editunlearn.evaluation.suites import tofu
+    from editunlearn.evaluation import open_unlearning, results
 
     about, measured = results.load(place)
     totals = {name: results.Value(**value) for name, value in about["summary"].items()}
-    atomic_write_json(place.with_name(tofu.EVAL_FILE), tofu.to_open_unlearning(measured, totals))
+    atomic_write_json(place.with_name(open_unlearning.EVAL_FILE), open_unlearning.to_open_unlearning(measured, totals))
 
 
 def _completed(lm: LM, data: Any, args: argparse.Namespace, console: Console) -> Any:
@@ -351,14 +365,16 @@ def _about(
 def _show(found: dict[str, dict[str, Any]], made: Plan, console: Console) -> None:
     for suite, by_label in found.items():
         columns = {label: results["summary"] for label, results in by_label.items()}
-        if made.baseline is not None and made.baseline.get("suite") == suite:
-            columns = {"baseline": made.baseline["summary"], **columns}
+        if suite in made.baselines:
+            columns = {"baseline": made.baselines[suite].about["summary"], **columns}
         names = list(dict.fromkeys(name for summary in columns.values() for name in summary))
         rows = [[name, *(_cell(summary.get(name)) for summary in columns.values())] for name in names]
         console.table(suite, ["metric", *columns], rows)
-        reasons = {name: v["reason"] for s in columns.values() for name, v in s.items() if v["reason"]}
-        for name, reason in reasons.items():
-            console.result(f"{name}: {reason}")
+        notes: dict[str, dict[str, None]] = {}
+        for name, value in ((n, v) for summary in columns.values() for n, v in summary.items() if v["reason"]):
+            notes.setdefault(value["reason"], {})[name] = None
+        for reason, of in notes.items():
+            console.result(f"{', '.join(of)}: {reason}")
     console.result_json({suite: {label: r["summary"] for label, r in by.items()} for suite, by in found.items()})
 
 

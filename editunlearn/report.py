@@ -23,7 +23,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[Path("runs/evaluate")],
         metavar="DIR",
-        help="results files, or folders with them somewhere below (default: runs/evaluate)",
+        help="results files, also TOFU_EVAL.json of open-unlearning, or folders with them (default: runs/evaluate)",
     )
     p.add_argument("--out", type=Path, default=Path("runs/report"), help="folder to write to (default: runs/report)")
     p.add_argument("--title", default="What was forgotten, what stayed", help="of the page")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     args = arguments(argv)
-    from editunlearn.artifacts import atomic_write_text
+    from editunlearn.artifacts import atomic_write_together
     from editunlearn.console import Console
     from editunlearn.evaluation.report import gathering, page
 
@@ -55,8 +55,7 @@ def _main(argv: Sequence[str]) -> None:
         "report.md": page.markdown(args.title, sections),
         "report.csv": page.csv_text(sections),
     }
-    for name, text in written.items():
-        atomic_write_text(args.out / name, text)
+    atomic_write_together({args.out / name: text.encode() for name, text in written.items()})
     for part in sections:
         for verdict in part.verdicts:
             console.result(f"{part.suite}, {verdict.label}: {verdict.headline}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     benchmark_data.write(made.root / "data")
     assert call("apply", *made.flags(made.root / "edit", "--evaluate", "none")).code == 0
     return made
+
+
+CASE = benchmark_data.FILES["counterfact/test"][0]
 
 
 def flags(world: World, out: Path, *more: str, facts: bool = True) -> list[str]:
@@ -57,6 +62,20 @@ def test_a_delta_is_measured_beside_its_base(world: World, tmp_path: Path) -> No
     assert by_label["base"]["locality_tf"]["value"] == 1.0 and by_label["base"]["generalization_tf"]["items"] == 1
     assert by_label["base"]["fluency.ngram_entropy"]["items"] == len(found["parts"]["fluency"]) == 2
     assert "edit-int8" in done.err and "perplexity" in done.err
+
+
+def test_two_deltas_in_one_call_are_measured_as_each_alone(world: World, tmp_path: Path) -> None:
+    other = runs.write_lines(tmp_path / "other.jsonl", runs.FACTS[:1])
+    made = world.flags(tmp_path / "other", "--evaluate", "none", "--facts", str(other), "--set", "value.steps=6")
+    assert call("apply", *made).code == 0
+    deltas = [world.root / "edit", tmp_path / "other"]
+    both = call("evaluate", *flags(world, tmp_path / "both", *(f for d in deltas for f in ("--delta", str(d)))))
+    assert both.code == 0, both.err
+    found = [results(tmp_path / "both" / d.name / "facts")["summary"] for d in deltas]
+    assert found[0] != found[1] and not (tmp_path / "both" / "base").exists()
+    for delta, summary in zip(deltas, found, strict=True):
+        assert call("evaluate", *flags(world, tmp_path / "alone", "--delta", str(delta))).code == 0
+        assert results(tmp_path / "alone" / delta.name / "facts")["summary"] == summary
 
 
 def test_attacks_are_parts_of_their_own(world: World, tmp_path: Path) -> None:
@@ -154,7 +173,7 @@ def test_folders_of_suites(suite: str) -> None:
 def test_a_benchmark_with_a_reference(world: World, tmp_path: Path) -> None:
     tofu = ["--suite", "tofu:forget01", "--data-root", str(world.root / "data")]
     first = call("evaluate", *flags(world, tmp_path / "a", *tofu, facts=False))
-    assert first.code == 0 and "forget_quality: it compares with a model never trained" in first.out
+    assert first.code == 0 and "forget_quality, forget_quality_ks: it compares with a model never trained" in first.out
     reference = str(tmp_path / "a" / "base" / "tofu-forget01")
     second = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--reference", reference, "--json", facts=False))
     summary = json.loads(second.out)["tofu:forget01"]["base"]
@@ -165,6 +184,32 @@ def test_a_benchmark_with_a_reference(world: World, tmp_path: Path) -> None:
     assert other.code == 2 and "made on other data than this run" in other.err
     beside = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--baseline", reference, facts=False))
     assert "baseline" in beside.out
+    theirs = Path(reference, "TOFU_EVAL.json")
+    beside = call("evaluate", *flags(world, tmp_path / "b", *tofu, "--baseline", str(theirs), "--dry-run", facts=False))
+    assert beside.code == 0, beside.err
+    other = ["--baseline", reference, "--limit", "1"]
+    refused = call("evaluate", *flags(world, tmp_path / "d", *tofu, *other, facts=False))
+    assert refused.code == 2 and "--baseline: made on other data" in refused.err
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()  # before anything was measured
+
+
+def test_a_reference_or_baseline_that_nothing_is_compared_with(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call("evaluate", *flags(world, tmp_path / "a")).code == 0
+    own = str(tmp_path / "a" / "base" / "facts")
+    assert call("evaluate", *flags(world, tmp_path / "a", "--baseline", own)).code == 0
+    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    under = ["--under", "relearn:2", "--reference", own]
+    done = call("evaluate", *flags(world, tmp_path / "b", *under))
+    assert done.code == 2 and "the suite facts compares with no reference; tofu and muse do" in done.err, done.err
+    asked = ["--suite", "wmdp:bio", "--data-root", str(world.root / "data")]
+    done = call("evaluate", *flags(world, tmp_path / "b", *asked, "--baseline", own, facts=False))
+    assert done.code == 2 and "results of the suite facts, which is not asked for" in done.err
+    file = tmp_path / "a" / "base" / "facts" / "results.json"
+    file.write_text(json.dumps({**results(file.parent), "complete": False}))
+    done = call("evaluate", *flags(world, tmp_path / "b", "--baseline", own))
+    assert done.code == 2 and "this evaluation was interrupted" in done.err
 
 
 @pytest.mark.parametrize(
@@ -193,6 +238,73 @@ def test_bad_input_is_found_before_weights_are_loaded(
     assert not (tmp_path / "out").exists()
 
 
+BAD_DATA: list[tuple[str, str, Any, str]] = [
+    ("knowundo:privacy", "KnowUnDo/privacy/unlearn", [{"val": []}], "'val' is no list of records"),
+    ("knowundo:privacy", "KnowUnDo/privacy/retention", [{"val": "x"}], "'val' is no list of records"),
+    ("knowundo:privacy", "KnowUnDo/privacy/unlearn", [{"val": [{"text": "x"}]}], "record 0 of 'val' has no 'text' or"),
+    ("edu-relat:ROOT/r.json", "r", {"facts": [], "rules": [], "targets": []}, "it has 0 facts and 0 targets"),
+    ("edu-relat:ROOT/r.json", "r", {**benchmark_data.RELATIONS, "targets": []}, "it has 5 facts and 0 targets"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [], "the list is empty"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "", "choices": ["a", "b"], "answer": 0}], "none of its 1 records"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": "ab", "answer": 0}], "'choices' is a list of 2"),
+    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": ["a", "b"], "answer": 2}], "a number from 0 to 1"),
+    ("rwku", "RWKU/utility_general", [{"question": "q", "choices": ["a", "b"], "answer": -1}], "from 0 to 1; it is -1"),
+    ("counterfact:ROOT/c.json", "c", [{**CASE, "requested_rewrite": "x"}], "case 0 has no requested_rewrite.prompt"),
+    ("counterfact:ROOT/c.json", "c", [{**CASE, "paraphrase_prompts": None}], "no column 'paraphrase_prompts'"),
+    ("counterfact:azhx/counterfact:train", "counterfact/test", [CASE], "counterfact has no 'train'. It has test.json"),
+    ("muse:news", "MUSE-News/knowmem/retain_qa_icl", [], "the list is empty"),
+    ("tofu:forget01", "TOFU/holdout01", {"question": []}, "holdout01"),
+]
+
+
+@pytest.mark.parametrize(("suite", "file", "content", "said"), BAD_DATA)
+def test_bad_benchmark_data_are_found_before_weights_are_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suite: str, file: str, content: Any, said: str
+) -> None:
+    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    root = benchmark_data.write(tmp_path / "data")
+    (root / f"{file}.json").write_text(json.dumps(content))
+    asked = ["--suite", suite.replace("ROOT", str(root)), "--data-root", str(root)]
+    done = call("evaluate", *flags(world, tmp_path / "out", *asked, facts=False))
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err, done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_not_there_is_noted(world: World, tmp_path: Path) -> None:
+    data = ["--suite", "counterfact:azhx/counterfact:test:nowhere", "--data-root", str(world.root / "data")]
+    done = call("evaluate", *flags(world, tmp_path / "out", *data, "--dry-run", facts=False))
+    assert done.code == 0 and "read whole, it has no split 'nowhere'" in done.err
+
+
+@pytest.mark.parametrize("name", ["results.json", "TOFU_EVAL.json", "report.html", "report.csv"])
+def test_disk_full(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked = flags(world, tmp_path / "runs", "--suite", "tofu:forget01", facts=False)
+    evaluate = ["evaluate", *asked, "--data-root", str(world.root / "data"), "--limit", "1"]
+    report = ["report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page")]
+    if name.startswith("report"):
+        assert call(*evaluate).code == call(*report).code == 0
+        assert call(*report, "--title", "before").code == 0
+    command = [*report, "--title", "after"] if name.startswith("report") else evaluate
+    before, real = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file()}, Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name.startswith(f".{name}."):
+            real(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        done = call(*command)
+    assert done.code == 1 and "Traceback" not in done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: No space left on device") and name in last and "to go on" in last
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file()}
+    assert name not in {p.name for p in after.keys() - before.keys()} and not list(tmp_path.rglob("*.tmp-*"))
+    assert all(after[path] == content for path, content in before.items())  # nothing of the old page is replaced alone
+    assert call(*command).code == 0
+
+
 def test_the_suite_facts_needs_facts(world: World, tmp_path: Path) -> None:
     done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "facts", facts=False))
     assert done.code == 2 and done.err.count("needs --facts FILE") == 1, done.err
@@ -218,6 +330,21 @@ def test_relearning_is_measured_on_facts_it_was_not_shown(world: World, tmp_path
     assert probability["edit-relearn-2-0.0001"] != probability["edit"]  # it was trained
     page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
     assert page.code == 0 and "asked different things" not in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_everything_that_takes_time_reports_and_ends_at_its_total(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("editunlearn.console.PLAIN_INTERVAL", 0.0)
+    more = ["--suite", "facts:attacks", "--suite", "tofu:forget01", "--data-root", str(world.root / "data")]
+    done = call("evaluate", *flags(world, tmp_path / "runs", *more, "--under", "int8", "--under", "relearn:2"))
+    assert done.code == 0, done.err
+    lines = re.findall(r"^(.*): (\d+)/(\d+), .* so far", done.err, re.MULTILINE)
+    last = {name: (int(count), int(total)) for name, count, total in lines}
+    assert {"relearning", "rounding to int8", "base inside", "base shift", "base forget"} <= last.keys()
+    assert last["before anything is applied"][0] == last["before anything is applied"][1] > 0
+    over = {name: ends for name, ends in last.items() if ends[0] != ends[1]}
+    assert not over, over
 
 
 def test_results_of_other_seeds_and_other_lessons_are_not_taken(world: World, tmp_path: Path) -> None:

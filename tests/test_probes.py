@@ -114,6 +114,32 @@ def test_answers_end_where_they_are_cut() -> None:
     assert Decoding(32).cut(" Paris\n\n") == " Paris\n\n"
 
 
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_decoding_stops_where_every_answer_is_cut(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny.taught_lm([("The capital of France is", "Paris\n\nQuestion: who"), ("Who is he", "a civil engineer")])
+    probes = [PARIS, Probe(Prompt("Who is he", (0, 0)), "", ""), Probe(Prompt("In the old town", (0, 0)), "", "")]
+    alone = Look(needs(["leak"]), Decoding(24, ("\n\n", "engineer", "e")))
+
+    def decoded(asked: list[Probe], look: Look) -> tuple[list[str | None], int]:
+        steps = list[int]()
+        hook = lm.model.register_forward_hook(lambda *_: steps.append(1))
+        texts = [one.text for one in look.at(lm, asked)]
+        hook.remove()
+        return texts, len(steps)
+
+    for stops in (("\n\n",), ("engineer", "\n"), ("e",), ("nowhere",)):
+        look = replace(alone, decoding=Decoding(24, stops, top_k))
+        now = decoded(probes, look), decoded(probes[:1], look)
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoding, "ended", lambda *_: False)
+            afterwards = decoded(probes, look), decoded(probes[:1], look)
+        assert [texts for texts, _ in now] == [texts for texts, _ in afterwards]
+        assert all(steps <= before for (_, steps), (_, before) in zip(now, afterwards, strict=True))
+    fewest = decoded([PARIS], replace(alone, decoding=Decoding(24, ("\n",))))
+    whole = decoded([PARIS], replace(alone, decoding=Decoding(24)))
+    assert fewest[0] == ["Paris"] and fewest[1] < whole[1]
+
+
 def test_the_layer_that_breaks_is_named(tmp_path: Path) -> None:
     lm = tiny.lm("llama")
     assert where_not_finite(lm, "He is") is None

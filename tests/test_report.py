@@ -106,6 +106,27 @@ def test_equal_labels_are_told_apart(tmp_path: Path) -> None:
     assert labels == ["memit", "two/memit"]
 
 
+def test_open_unlearnings_results_stand_beside_ours(tmp_path: Path) -> None:
+    def by_index(key: str, value: float) -> dict[str, Any]:
+        return {"agg_value": value, "value_by_index": {str(i): {key: value} for i in range(40)}}
+
+    numbers = {"model_utility": {"agg_value": 0.6}, "forget_quality": {"agg_value": None}}
+    file = {**numbers, "forget_truth_ratio": by_index("score", 0.5), "forget_Q_A_Prob": by_index("prob", 0.25)}
+    (tmp_path / "theirs" / "npo").mkdir(parents=True)
+    (tmp_path / "theirs" / "npo" / "TOFU_EVAL.json").write_text(json.dumps(file))
+    ours = write(tmp_path / "ours", "memit", 0.0, suite="tofu:forget01")
+    ours.with_name("TOFU_EVAL.json").write_text("{}")  # beside ours it says the same again
+    columns = gather([tmp_path])["tofu:forget01"]
+    assert [(c.label, c.value("model_utility")) for c in columns] == [("memit", None), ("npo", 0.6)]
+    assert (
+        columns[1].value("forget.probability") == 0.25
+        and columns[1].about["summary"]["forget.probability"]["items"] == 40
+    )
+    section = page.section("tofu:forget01", columns)
+    assert not any("differ" in note for note in section.notes) and "npo" in page.html("x", [section])
+    assert gather([tmp_path / "theirs" / "npo" / "TOFU_EVAL.json"]).keys() == {"tofu:forget01"}
+
+
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -135,6 +156,7 @@ def test_the_page_stands_by_itself(tmp_path: Path) -> None:
     seen = _Page()
     seen.feed(text)
     assert not seen.outside and set(seen.links) <= seen.ids and seen.tags.count("svg") == 2
+    assert "<li>forget_quality: needs a reference</li>" in text  # notes can be read without a pointer, too
     assert "d-leak_rate" in seen.links and "Ours &amp; theirs" in text
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text  # what a model says is not run
     assert not re.findall(r"https?://(?!www\.w3\.org)", text.replace("http://purl.org", ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +19,9 @@ from scipy import stats
 
 from editunlearn.console import Console
 from editunlearn.errors import InputError
-from editunlearn.evaluation import running, suites
-from editunlearn.evaluation.reference import load_reference
-from editunlearn.evaluation.results import Item, Measured, Value, as_json, check_reference, load
+from editunlearn.evaluation import open_unlearning, running, suites
+from editunlearn.evaluation.reference import load_others
+from editunlearn.evaluation.results import Item, Measured, Value, as_json, check_alike, load
 from editunlearn.evaluation.suites import Source, safepku, tofu
 
 
@@ -45,6 +45,15 @@ def test_every_suite_measures_a_model(name: str, data: Path) -> None:
         assert items and all(item.values for item in items), part
     for value in {**found.summary(), **totals}.values():
         assert value.value is not None or value.reason
+
+
+@pytest.mark.parametrize("name", benchmark_data.SUITES)
+def test_progress_ends_at_its_total(name: str, data: Path) -> None:
+    lm, (file, which) = tiny.lm("llama"), suites.module(name)
+    for part in file.parts(lm, file.read(which, Source(data))):
+        told = list[int]()
+        part.items(lm, told.append)
+        assert sum(told) == part.looks > 0, part.name
 
 
 def test_a_model_that_knows_the_answers_scores_high(data: Path) -> None:
@@ -153,6 +162,8 @@ def test_tofu_totals_equal_a_literal_computation() -> None:
 
     assert totals["priv_leak"].value == pytest.approx(100 * (auc(ours) / auc(reference) - 1))
     assert "comparable at equal n" in tofu.totals(ours, synthetic(1, 25))["forget_quality"].reason
+    means = {name: value.reason for name, value in {**ours.summary(), **totals}.items() if name.endswith("truth_ratio")}
+    assert len(means) == 10 and set(means.values()) == {"geometric mean of the wrong answers' probabilities"}
     alone = tofu.totals(ours, None)
     assert alone["forget_quality"].value is None and "--reference" in alone["forget_quality"].reason
     assert alone["reference_score_auc"].value is None and "0 in --reference" in alone["reference_score_auc"].reason
@@ -165,20 +176,25 @@ def test_tofu_totals_equal_a_literal_computation() -> None:
 
 def test_open_unlearnings_file_is_written_and_read(tmp_path: Path) -> None:
     ours = synthetic(0)
-    file = tofu.to_open_unlearning(ours, tofu.totals(ours, None))
+    file = open_unlearning.to_open_unlearning(ours, tofu.totals(ours, None))
     assert file["forget_Q_A_Prob"]["agg_value"] == ours.mean("forget", "probability")
     assert file["ra_Q_A_ROUGE"]["value_by_index"]["3"] == {"rougeL_recall": ours.values("real_authors", "rouge_l")[3]}
     assert file["model_utility"]["agg_value"] > 0 and file["forget_quality"]["agg_value"] is None
     path = tmp_path / "TOFU_EVAL.json"
     path.write_text(json.dumps(file), encoding="utf-8")
-    back = load_reference(path, ["tofu:forget01", "rwku"])["tofu:forget01"]
+    other = load_others(path, ["tofu:forget01", "rwku"], "--reference")["tofu:forget01"]
+    back, summary = other.measured, other.about["summary"]
+    assert back.values("world_facts", "probability_among") == ours.values("world_facts", "probability_among")
+    assert summary["retain_truth_ratio"]["value"] == file["retain_Truth_Ratio"]["agg_value"] > 0
+    assert summary["model_utility"]["value"] == file["model_utility"]["agg_value"]
+    assert summary["forget_quality"] == {**asdict(Value(None)), "reason": "not in the file"}
     with pytest.raises(InputError, match="results of the suite tofu, which is not asked for"):
-        load_reference(path, ["rwku"])
+        load_others(path, ["rwku"], "--baseline")
     assert back.values("forget", "truth_ratio") == ours.values("forget", "truth_ratio")
     assert tofu.totals(ours, back)["forget_quality"].value == pytest.approx(1.0)
     path.write_text("[]", encoding="utf-8")
     with pytest.raises(InputError, match="not a results file"):
-        load_reference(path, ["tofu:forget01"])
+        load_others(path, ["tofu:forget01"], "--reference")
 
 
 def test_a_results_file_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -188,9 +204,9 @@ def test_a_results_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     about, back = load(tmp_path)
     assert back == ours and about["suite"] == "x" and about["summary"]["total"]["value"] == 1.0
     assert about["summary"]["forget.rouge_l"]["items"] == 4
-    check_reference({"forget": "abc", "other": "x"}, back, "r.json")
+    check_alike({"forget": "abc", "other": "x"}, back, "r.json")
     with pytest.raises(InputError, match="r.json: made on other data than this run"):
-        check_reference({"forget": "abd"}, back, "r.json")
+        check_alike({"forget": "abd"}, back, "r.json")
 
 
 def test_values() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from editunlearn.lm.generation import generate
@@ -51,6 +52,16 @@ class Probe:
         return (self.answer, *self.aliases)
 
 
+SCORED: Mapping[Need, Callable[[Probe], tuple[str, ...]]] = MappingProxyType(
+    {
+        "answer": lambda p: (p.answer,),
+        "paraphrased": lambda p: () if p.paraphrased is None else (p.paraphrased,),
+        "wrong": lambda p: p.wrong,
+    }
+)
+"""The texts of a probe whose losses are looked at, by what needs them."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a model did with one probe; None where it was not looked at.
@@ -84,6 +95,10 @@ class Decoding:
     top_k: int = 0
     seed: int = 0
 
+    def ended(self, text: str) -> bool:
+        """Whether more text would be cut off."""
+        return any(stop in text.lstrip() for stop in self.stops)
+
     def cut(self, text: str) -> str:
         """The text up to the first stop."""
         head = text.lstrip()
@@ -98,7 +113,7 @@ class Look:
 
     Attributes:
         needs: what is looked at.
-        progress: called with the number of probes of which one more thing is known.
+        progress: called with how many more texts were decoded or scored; :meth:`work` is the sum.
     """
 
     needs: frozenset[Need]
@@ -108,27 +123,31 @@ class Look:
     def at(self, lm: LM, probes: Sequence[Probe]) -> list[Seen]:
         """What is seen, parallel to ``probes``."""
         texts = self._texts(lm, probes)
-        answers = self._losses(lm, probes, "answer", lambda p: (p.answer,))
-        others = self._losses(lm, probes, "paraphrased", lambda p: () if p.paraphrased is None else (p.paraphrased,))
-        wrong = self._losses(lm, probes, "wrong", lambda p: p.wrong)
+        answers, others, wrong = (self._losses(lm, probes, need) for need in SCORED)
         return [
             Seen(probe, text, answer[0] if answer else None, other[0] if other else None, no)
             for probe, text, answer, other, no in zip(probes, texts, answers, others, wrong, strict=True)
         ]
+
+    def work(self, probes: Sequence[Probe]) -> int:
+        """How many texts :meth:`at` decodes and scores."""
+        decoded = sum(p.prompt is not None for p in probes) if "text" in self.needs else 0
+        return decoded + sum(len(of(p)) for need, of in SCORED.items() if need in self.needs for p in probes)
 
     def _texts(self, lm: LM, probes: Sequence[Probe]) -> list[str | None]:
         asked = [p.prompt for p in probes if p.prompt is not None]
         if "text" not in self.needs or not asked:
             return [None] * len(probes)
         how = self.decoding
-        said = iter(generate(lm, asked, max_new_tokens=how.tokens, top_k=how.top_k, seed=how.seed, done=self.progress))
+        ended = how.ended if how.stops else None
+        more = {"top_k": how.top_k, "seed": how.seed}
+        said = iter(generate(lm, asked, max_new_tokens=how.tokens, ended=ended, done=self.progress, **more))
         return [None if p.prompt is None else self.decoding.cut(next(said)) for p in probes]
 
-    def _losses(
-        self, lm: LM, probes: Sequence[Probe], need: Need, texts_of: Callable[[Probe], tuple[str, ...]]
-    ) -> list[tuple[TokenScores, ...]]:
+    def _losses(self, lm: LM, probes: Sequence[Probe], need: Need) -> list[tuple[TokenScores, ...]]:
         if need not in self.needs:
             return [()] * len(probes)
+        texts_of = SCORED[need]
         rows = [row_of(lm, probe, text) for probe in probes for text in texts_of(probe)]
         found = iter(token_scores(lm, rows, spread="spread" in self.needs, done=self.progress))
         return [tuple(next(found) for _ in texts_of(probe)) for probe in probes]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation.metrics.glossary import definition_of
-from editunlearn.evaluation.metrics.intervals import estimate
+from editunlearn.evaluation.metrics.intervals import Estimate, estimate, mean_of_means
+from editunlearn.evaluation.metrics.likelihood import TRUTH_RATIO_NOTE
 
+NOTES: Mapping[str, str] = MappingProxyType({"truth_ratio": TRUTH_RATIO_NOTE})
+"""By metric, what must be known to read its mean."""
 FORMAT, VERSION = "editunlearn-results", 1
 FILE = "results.json"
 
@@ -38,11 +42,27 @@ class Value:
     @classmethod
     def mean(cls, values: Sequence[float], reason: str = "no item to which it applies", *, share: bool = True) -> Value:
         """Mean of items with its interval; ``share``: zeros and ones are hits and misses."""
-        found = estimate(values, share=share)
+        return cls._of(estimate(values, share=share), reason)
+
+    @classmethod
+    def mean_of_means(cls, groups: Sequence[Sequence[float]], reason: str = "no item to which it applies") -> Value:
+        """Mean of the means of groups with its interval."""
+        return cls._of(mean_of_means(groups), reason)
+
+    @classmethod
+    def _of(cls, found: Estimate | None, reason: str) -> Value:
         if found is None:
             return cls(None, reason=reason)
         low, high = (bound if math.isfinite(bound) else None for bound in (found.low, found.high))
         return cls(found.value, low, high, found.items)
+
+    def mapped(self, to: Callable[[float], float], reason: str = "") -> Value:
+        """The same in other units: ``to`` of the value and of its bounds, rising or falling all the way."""
+        if self.value is None:
+            return self
+        bounds = [to(bound) for bound in (self.low, self.high) if bound is not None]
+        low, high = (min(bounds), max(bounds)) if len(bounds) == 2 else (None, None)
+        return Value(to(self.value), low, high, self.items, reason)
 
     @classmethod
     def perplexity(cls, nll: Sequence[float], tokens: Sequence[float]) -> Value:
@@ -99,7 +119,7 @@ class Measured:
         """``part.metric`` -> mean with its interval."""
         names = {part: list(dict.fromkeys(m for i in items for m in i.values)) for part, items in self.parts.items()}
         return {
-            f"{part}.{m}": Value.mean(self.values(part, m), share=_is_share(m))
+            f"{part}.{m}": replace(Value.mean(self.values(part, m), share=_is_share(m)), reason=NOTES.get(m, ""))
             for part, metrics in names.items()
             for m in metrics
         }
@@ -116,17 +136,17 @@ def asked_hash(items: Sequence[Sequence[Any]]) -> str:
     return hashlib.sha256(json.dumps(list(items), ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def check_reference(measured: Mapping[str, str], reference: Measured, place: str) -> None:
-    """Raise InputError unless the reference was asked the same.
+def check_alike(measured: Mapping[str, str], other: Measured, place: str) -> None:
+    """Raise InputError unless other results were asked the same, where they say what they were asked.
 
     Args:
         measured: part -> hash of what is asked now.
     """
-    other = [part for part, data in measured.items() if part in reference.data and reference.data[part] != data]
-    if other:
+    differ = [part for part, data in measured.items() if other.data.get(part, data) != data]
+    if differ:
         raise InputError(
-            f"{place}: made on other data than this run ({', '.join(other)}). Give results of the same suite, with the "
-            "same --limit."
+            f"{place}: made on other data than this run ({', '.join(differ)}). Give results of the same suite, "
+            "with the same --limit."
         )
 
 

@@ -28,7 +28,7 @@ class Run:
     Attributes:
         file: where the results go.
         about: what the file says of the run; its ``key`` names everything that the numbers depend on.
-        reference: results of a model that never knew, for the metrics that compare.
+        reference: results of a model that never knew and was asked the same, for the metrics that compare.
         fresh: measure again what the file has.
         no_text: keep numbers only.
     """
@@ -43,16 +43,10 @@ class Run:
         """Measure the parts that the file does not have yet; what it then holds.
 
         Raises:
-            InputError: the reference was asked something else.
             NumericalError: the model computes numbers that are not finite; what was measured before is kept.
         """
-        data = {
-            part.name: results.asked_hash([(p.shown, p.answer, p.paraphrased, p.wrong) for p in part.probes])
-            for part in parts
-        }
+        data = asked(parts)
         how = {part.name: results.asked_hash([[repr(part), self.no_text]]) for part in parts}
-        if self.reference is not None:
-            results.check_reference(data, self.reference, "--reference")
         groups = dict.fromkeys(probe.group for part in parts for probe in part.probes if probe.group)
         done, seconds = self._kept(how)
         missing = [part for part in parts if part.name not in done and part.probes]
@@ -102,6 +96,14 @@ class Run:
         return found
 
 
+def asked(parts: Sequence[Part]) -> dict[str, str]:
+    """By part, a hash of what is asked; results can be compared where it is equal."""
+    return {
+        part.name: results.asked_hash([(p.shown, p.answer, p.paraphrased, p.wrong) for p in part.probes])
+        for part in parts
+    }
+
+
 def _without_text(items: Sequence[Item], groups: Sequence[str]) -> list[Item]:
     """The numbers alone; the id of a fact, its group, becomes its number, the same in all parts."""
     number = {group: str(i) for i, group in enumerate(groups)}
@@ -123,7 +125,7 @@ def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]
     Raises:
         NumericalError: a value is not finite; the message names the layer where that begins.
     """
-    with console.progress(part.looks * len(part.probes), f"{label} {part.name}".strip()) as bar:
+    with console.progress(part.looks, f"{label} {part.name}".strip()) as bar:
         items = part.items(lm, bar.update)
     for number, item in enumerate(items):
         bad = [name for name, value in item.values.items() if not math.isfinite(value)]

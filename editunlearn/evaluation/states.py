@@ -13,6 +13,7 @@ from editunlearn.deltas.kinds import written
 from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
+    from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
     from editunlearn.evaluation.treatments import Treatment
     from editunlearn.facts.records import Fact
@@ -50,10 +51,12 @@ class State:
         """Whether only half of the facts can be asked, because the others are shown to the model."""
         return self.under is not None and self.under.halves
 
-    def on(self, lm: LM, facts: Sequence[Fact], retain: Sequence[Fact]) -> AbstractContextManager[Any]:
+    def on(
+        self, lm: LM, facts: Sequence[Fact], retain: Sequence[Fact], console: Console
+    ) -> AbstractContextManager[Any]:
         """The model is in this state inside; ``facts`` and ``retain`` are what an attacker may train on."""
         if self.under is not None:
-            return self.under.on(lm, self.delta, self.unknown or facts, retain)
+            return self.under.on(lm, self.delta, self.unknown or facts, retain, console)
         return self.delta.applied(lm) if self.delta is not None else nullcontext()
 
 

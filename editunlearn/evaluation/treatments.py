@@ -17,6 +17,7 @@ from editunlearn.lm.tokens import Row, encode, wrap
 from editunlearn.naming import did_you_mean
 
 if TYPE_CHECKING:
+    from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
     from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
@@ -92,7 +93,14 @@ class Treatment:
         return halves(facts)[0] if self.halves else retain
 
     @contextmanager
-    def on(self, lm: LM, delta: Delta | None, facts: Sequence[Fact], retain: Sequence[Fact]) -> Iterator[None]:
+    def on(
+        self,
+        lm: LM,
+        delta: Delta | None,
+        facts: Sequence[Fact],
+        retain: Sequence[Fact],
+        console: Console | None = None,
+    ) -> Iterator[None]:
         """The model with ``delta``, treated, inside; as it was afterwards.
 
         Args:
@@ -102,7 +110,7 @@ class Treatment:
             InputError: there is nothing to learn again.
         """
         if self.kind in quantisation.SCHEMES:
-            with quantisation.quantised(lm, self.kind, delta):
+            with quantisation.quantised(lm, self.kind, delta, console):
                 yield
         elif self.kind == "subspace":
             assert delta is not None  # noqa: S101 - the plan leaves such a state out
@@ -111,7 +119,10 @@ class Treatment:
         else:
             assert self.relearn is not None  # noqa: S101 - there are no other kinds
             rows = [answered(lm, fact) for fact in self.shown(facts, retain)]
-            with delta.applied(lm) if delta is not None else nullcontext(), relearned(lm, rows, self.relearn):
+            with (
+                delta.applied(lm) if delta is not None else nullcontext(),
+                relearned(lm, rows, self.relearn, console),
+            ):
                 yield
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from editunlearn.lm.batching import chunks, halving
 from editunlearn.lm.hooks import contiguous_input
@@ -29,10 +30,12 @@ def generate(
     batch_size: int = 128,
     top_k: int = 0,
     seed: int = 0,
+    ended: Callable[[str], bool] | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Greedy continuations, without special tokens, each ended by the model itself or after ``max_new_tokens``.
 
+    With ``ended`` a row also ends where that is True of its text so far; the text is not cut.
     With ``top_k`` they are sampled, seeded (and depend on what is in one batch). Prompts are sorted by length into
     left-padded batches; the order of the results is that of ``prompts``. ``done`` is called with the number of prompts
     of every batch. Of a prompt that does not fit the model with what is to follow, the beginning is cut.
@@ -43,7 +46,7 @@ def generate(
     texts = [""] * len(encoded)
 
     def run(part: Sequence[int]) -> None:
-        found = _continue(lm, [encoded[i] for i in part], max_new_tokens, top_k=top_k, seed=seed + part[0])
+        found = _continue(lm, [encoded[i] for i in part], max_new_tokens, top_k=top_k, seed=seed + part[0], ended=ended)
         for i, text in zip(part, found, strict=True):
             texts[i] = text
         done(len(part))
@@ -52,7 +55,15 @@ def generate(
     return texts
 
 
-def _continue(lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int = 0, seed: int = 0) -> list[str]:
+def _continue(
+    lm: LM,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    *,
+    top_k: int = 0,
+    seed: int = 0,
+    ended: Callable[[str], bool] | None = None,
+) -> list[str]:
     from transformers import GenerationConfig
 
     model: Any = lm.model
@@ -63,6 +74,7 @@ def _continue(lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int 
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens, pad_token_id=lm.pad_id, eos_token_id=sorted(lm.eos_ids), **sampling
     )
+    stop = [_Ended(lm, width, ended)] if ended is not None else None
     devices = [lm.device] if lm.device.type == "cuda" else []
     with (
         torch.no_grad(),
@@ -73,10 +85,32 @@ def _continue(lm: LM, rows: list[list[int]], max_new_tokens: int, *, top_k: int 
         # generate() fills what a config leaves open (repetition penalty, ...) from the checkpoint's own
         own, model.generation_config = model.generation_config, config
         try:
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
         finally:
             model.generation_config = own
     return lm.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+
+class _Ended:
+    """Tells ``generate`` of transformers which rows have ended, by their text; asked once after every step.
+
+    Args:
+        width: of the prompts with their padding.
+    """
+
+    def __init__(self, lm: LM, width: int, ended: Callable[[str], bool]) -> None:
+        self._lm, self._width, self._ended = lm, width, ended
+        self._found: list[bool] | None = None
+
+    def __call__(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """(rows,) bool, for token ids (rows, width + steps)."""
+        found = self._found or [False] * len(ids)
+        going = [i for i, over in enumerate(found) if not over]
+        texts = self._lm.tokenizer.batch_decode(ids[going, self._width :], skip_special_tokens=True)
+        for i, text in zip(going, texts, strict=True):
+            found[i] = self._ended(text)
+        self._found = found
+        return torch.tensor(found, device=ids.device)
 
 
 def context_prefixes(lm: LM, count: int, tokens: int, seed: int) -> list[str]:

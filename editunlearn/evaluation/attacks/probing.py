@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,9 @@ class Lens:
 
 
 @torch.no_grad()
-def logit_lens(lm: LM, rows: Sequence[Row], text: Sequence[Row] = ()) -> Lens:
+def logit_lens(
+    lm: LM, rows: Sequence[Row], text: Sequence[Row] = (), *, done: Callable[[int], None] = lambda _: None
+) -> Lens:
     """The next-token distribution at the end of each prompt if the model ended after each of its blocks.
 
     Later blocks hand their input on, and the model's own last norm and head do the rest, so that nothing is written
@@ -53,6 +55,7 @@ def logit_lens(lm: LM, rows: Sequence[Row], text: Sequence[Row] = ()) -> Lens:
     Args:
         rows: prompt with answer; the answer's first token is looked for.
         text: whose targets are the positions to learn from; several times as many as the model is wide.
+        done: called with 1 after every block.
 
     Raises:
         ValueError: a row has no answer.
@@ -77,4 +80,5 @@ def logit_lens(lm: LM, rows: Sequence[Row], text: Sequence[Row] = ()) -> Lens:
             own = found.gather(1, wanted[part])
             log_p[block, part] = own[:, 0].cpu()
             rank[block, part] = (found > own).sum(-1).cpu()
+        done(1)
     return Lens(log_p, rank)

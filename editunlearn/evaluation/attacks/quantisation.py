@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from editunlearn.console import Console
 from editunlearn.deltas.arithmetic import merged_weight
 from editunlearn.deltas.kinds import written
 from editunlearn.errors import InputError
@@ -47,7 +48,7 @@ SCHEMES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 
 @contextmanager
-def quantised(lm: LM, scheme: str, delta: Delta | None = None) -> Iterator[None]:
+def quantised(lm: LM, scheme: str, delta: Delta | None = None, console: Console | None = None) -> Iterator[None]:
     """The model with ``delta`` merged and the linear maps of its blocks rounded; restored bit-exactly at the end.
 
     Raises:
@@ -60,8 +61,9 @@ def quantised(lm: LM, scheme: str, delta: Delta | None = None) -> Iterator[None]
     changes = written(delta, f"rounding to {scheme}").factors if delta is not None else {}
     kept: list[tuple[Tensor, Tensor]] = []
     try:
-        with torch.no_grad():
-            for name in linear_maps(lm):
+        bar = (console or Console(quiet=True)).progress(linear_maps(lm), f"rounding to {scheme}")
+        with torch.no_grad(), bar as names:
+            for name in names:
                 weight = read_weight(lm.model, name)
                 kept.append((weight, weight.clone()))
                 merged = weight

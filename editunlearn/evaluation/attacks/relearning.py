@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from editunlearn.console import Console
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.evaluation.attacks.quantisation import linear_maps
 from editunlearn.lm.head import Head, hidden_of
@@ -56,7 +57,7 @@ class Relearn:
 
 
 @contextmanager
-def relearned(lm: LM, rows: Sequence[Row], hp: Relearn) -> Iterator[list[float]]:
+def relearned(lm: LM, rows: Sequence[Row], hp: Relearn, console: Console | None = None) -> Iterator[list[float]]:
     """The model as it computes now (with a delta applied, if one is), fine-tuned on the target tokens of ``rows``.
 
     What is learned is a float32 change of each linear map's output; the weights stay as they are, so that nothing needs
@@ -77,8 +78,9 @@ def relearned(lm: LM, rows: Sequence[Row], hp: Relearn) -> Iterator[list[float]]
     draw = torch.Generator().manual_seed(hp.seed)
     changes = {name: _Change.of(read_weight(lm.model, name), hp.what, draw) for name in linear_maps(lm)}
     with stack([on_output(lm.layout.module(lm.model, name), change) for name, change in changes.items()]):
-        with frozen(lm.model):
-            losses = _train(lm, rows, hp, [p for change in changes.values() for p in change.factors])
+        bar = (console or Console(quiet=True)).progress(range(hp.steps), "relearning")
+        with frozen(lm.model), bar as steps:
+            losses = _train(lm, rows, hp, [p for change in changes.values() for p in change.factors], steps)
         with torch.no_grad():
             yield losses
 
@@ -104,11 +106,11 @@ class _Change:
         return (output.float() + states).to(output.dtype)
 
 
-def _train(lm: LM, rows: Sequence[Row], hp: Relearn, parameters: Sequence[Tensor]) -> list[float]:
+def _train(lm: LM, rows: Sequence[Row], hp: Relearn, parameters: Sequence[Tensor], steps: Iterable[int]) -> list[float]:
     head, order = Head(lm), _batches(len(rows), hp)
     adam = torch.optim.AdamW(parameters, lr=hp.rate, weight_decay=0.0)
     losses: list[float] = []
-    for step in range(hp.steps):
+    for step in steps:
         padded = batch([rows[i] for i in order()], lm.pad_id, lm.device)
         with torch.enable_grad():
             states = hidden_of(lm, padded.targets, lambda p=padded: forward(lm.model, p))  # type: ignore[misc]

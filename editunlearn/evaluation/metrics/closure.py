@@ -76,7 +76,11 @@ def _filled(triple: Triple, bound: Mapping[str, str]) -> Triple:
     return bound[triple[0]], triple[1], bound[triple[2]]
 
 
-def steps(facts: Iterable[Triple], rules: Sequence[Rule]) -> list[tuple[Triple, tuple[Triple, ...]]]:
+Step = tuple[Triple, tuple[Triple, ...]]
+"""What follows, from what."""
+
+
+def steps(facts: Iterable[Triple], rules: Sequence[Rule]) -> list[Step]:
     """Every single step of reasoning among these facts: what follows, from what."""
     known: dict[str, set[tuple[str, str]]] = {}
     for subject, relation, thing in facts:
@@ -99,14 +103,29 @@ def closure(facts: Iterable[Triple], rules: Sequence[Rule]) -> frozenset[Triple]
         known |= new
 
 
-def minimal_set(target: Triple, facts: Iterable[Triple], rules: Sequence[Rule], seed: int) -> frozenset[Triple]:
+def derivable(target: Triple, known: Iterable[Triple], all_steps: Sequence[Step]) -> bool:
+    """Whether a fact is known or follows by these steps."""
+    have, waiting = set(known), list(all_steps)
+    while target not in have:
+        new = {head for head, body in waiting if have.issuperset(body)} - have
+        if not new:
+            return False
+        have |= new
+        waiting = [step for step in waiting if step[0] not in have]
+    return True
+
+
+def minimal_set(target: Triple, facts: Iterable[Triple], all_steps: Sequence[Step], seed: int) -> frozenset[Triple]:
     """Facts without any of which the target would follow again, and without all of which it does not.
 
     Backwards from the target: of every step that leads to a lost fact one condition is lost, too, at random; then what
-    is not needed is put back. ``facts`` must be closed under the rules.
+    is not needed is put back.
+
+    Args:
+        facts: closed under the rules.
+        all_steps: every step among them, see :func:`steps`.
     """
-    draw = random.Random(seed)
-    all_steps, whole = steps(facts, rules), sorted(set(facts))
+    draw, whole = random.Random(seed), set(facts)
     lost, waiting = {target}, [target]
     while waiting:
         head = waiting.pop()
@@ -118,7 +137,7 @@ def minimal_set(target: Triple, facts: Iterable[Triple], rules: Sequence[Rule], 
     needed = sorted(lost)
     draw.shuffle(needed)
     for one in needed:
-        if one != target and target not in closure([f for f in whole if f not in lost - {one}], rules):
+        if one != target and not derivable(target, whole - (lost - {one}), all_steps):
             lost.discard(one)
     return frozenset(lost)
 
@@ -147,9 +166,9 @@ def deep_unlearning(
         lost: facts that the model does not answer any more.
         tries: random searches for minimal sets.
     """
-    gone, best = set(lost), (-1.0, 0.0)
-    for minimal in {minimal_set(target, facts, rules, seed) for seed in range(tries)}:
+    gone, best, all_steps = set(lost), (-1.0, 0.0), steps(facts, rules)
+    for minimal in {minimal_set(target, facts, all_steps, seed) for seed in range(tries)}:
         others = len(facts) - len(minimal)
         accuracy = 1 - len(gone - minimal) / others if others else 1.0
         best = max(best, (len(gone & minimal) / len(minimal), accuracy))
-    return Deep(*best, target not in closure([f for f in facts if f not in gone], rules))
+    return Deep(*best, not derivable(target, [f for f in facts if f not in gone], all_steps))

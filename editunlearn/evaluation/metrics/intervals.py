@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,6 +55,26 @@ def estimate(values: Sequence[float], *, level: float = 0.95, seed: int = 0, sha
     means = items[draw.integers(0, len(items), (RESAMPLES, len(items)))].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(mean, float(low), float(high), len(items))
+
+
+def mean_of_means(groups: Sequence[Sequence[float]]) -> Estimate | None:
+    """Mean of the means of groups, however many items each has; None when there are none.
+
+    The interval is put together from the groups' own (Zou and Donner 2008, Statistics in Medicine 27:1693): the squares
+    of their distances from the means add up, each side for itself, so that it is right for rates near 0 and 1 as well.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    each = [found for group in groups if (found := estimate(group)) is not None]
+    if not each:
+        return None
+    value = sum(found.value for found in each) / len(each)
+    below, above = (
+        math.sqrt(sum((found.value - bound) ** 2 for found, bound in zip(each, bounds, strict=True))) / len(each)
+        for bounds in ([found.low for found in each], [found.high for found in each])
+    )
+    return Estimate(value, value - below, value + above, sum(found.items for found in each))
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> Estimate | None:

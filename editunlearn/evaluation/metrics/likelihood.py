@@ -74,6 +74,10 @@ DEFINITIONS = (
 )
 
 Mean = Literal["geometric", "arithmetic"]
+MEAN: Mean = "geometric"
+"""Which one the benchmarks here take."""
+TRUTH_RATIO_NOTE = f"{MEAN} mean of the wrong answers' probabilities"
+"""Stored with every number that is made of truth ratios."""
 
 
 def probability(loss: float) -> float:
@@ -94,7 +98,7 @@ def probability_among(loss: float, wrong: Sequence[float]) -> float:
     return float(weights[0] / weights.sum())
 
 
-def truth_ratio(paraphrased: float, wrong: Sequence[float], mean: Mean = "geometric") -> float:
+def truth_ratio(paraphrased: float, wrong: Sequence[float], mean: Mean = MEAN) -> float:
     """How likely wrong answers are beside a paraphrase of the true one.
 
     Args:

@@ -9,6 +9,8 @@ from typing import Any
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation import results
+from editunlearn.evaluation.open_unlearning import ANY, EVAL_FILE
+from editunlearn.evaluation.reference import Other, read_results
 from editunlearn.evaluation.results import Measured
 from editunlearn.evaluation.treatments import parse
 
@@ -65,11 +67,11 @@ def gather(places: Sequence[Path]) -> dict[str, list[Column]]:
             problems.append(f"{place}: no results.json of 'editunlearn evaluate' in it or below it.")
         for file in (f for f in files if f.resolve() not in seen):
             seen.add(file.resolve())
-            about, measured = results.load(file)
-            columns = found.setdefault(str(about["suite"]), [])
+            other = read_results(file)
+            columns = found.setdefault(_suite(other), [])
             taken = {column.label for column in columns}
-            label = _free(str(about["label"]), taken, file)
-            columns.append(Column(label, {k: v for k, v in about.items() if k != "parts"}, measured))
+            label = _free(str(other.about["label"]), taken, file)
+            columns.append(Column(label, {k: v for k, v in other.about.items() if k != "parts"}, other.measured))
     if problems:
         raise InputError(problems)
     return {suite: sorted(columns, key=lambda c: c.label != BASE) for suite, columns in found.items()}
@@ -78,12 +80,22 @@ def gather(places: Sequence[Path]) -> dict[str, list[Column]]:
 def _results_below(place: Path) -> Iterable[Path]:
     if place.is_file():
         yield place
-    for file in place.rglob(results.FILE) if place.is_dir() else ():
+        return
+    theirs = [file for file in place.rglob(EVAL_FILE) if not file.with_name(results.FILE).is_file()]  # ours has both
+    for file in [*place.rglob(results.FILE), *theirs]:
         try:
-            results.load(file)
+            read_results(file)
         except InputError:
             continue  # apply writes a results.json of its own
         yield file
+
+
+def _suite(other: Other) -> str:
+    """The suite of results; which of TOFU's shares open-unlearning's are about shows in how many items there are."""
+    if other.about["suite"] != ANY:
+        return str(other.about["suite"])
+    which = {40: ":forget01", 200: ":forget05", 400: ":forget10"}
+    return ANY + which.get(len(other.measured.parts["forget"]), "")
 
 
 def _free(label: str, taken: set[str], file: Path) -> str:
@@ -105,7 +117,7 @@ def changed_settings(columns: Sequence[Column]) -> list[str]:
     """What differs between columns that should not: model, dtype, limit, data."""
     notes = []
     for name in ("weights", "dtype", "limit"):
-        values = {str(column.about.get(name)) for column in columns}
+        values = {str(column.about[name]) for column in columns if name in column.about}
         if len(values) > 1:
             notes.append(f"These columns differ in {name}: {', '.join(sorted(values))}.")
     for part in sorted({part for column in columns for part in column.measured.data}):

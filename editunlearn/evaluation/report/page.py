@@ -49,6 +49,12 @@ class Line:
     definition: Definition | None
     cells: tuple[Cell, ...]
 
+    @property
+    def note(self) -> str:
+        """That all its numbers have in common, "" for none."""
+        notes = {cell.note for cell in self.cells}
+        return notes.pop() if len(notes) == 1 else ""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -77,14 +83,14 @@ def section(suite: str, columns: Sequence[Column]) -> Section:
     """What the page says of one suite."""
     drawn: dict[str, str | None] = {}
     found = lines(columns)
-    notes = changed_settings(columns)
+    about = changed_settings(columns)
     if plots.available():
         drawn = {
             "What is left against what is kept": plots.trade_off(columns),
             "What each way to ask brings out": plots.attacks(columns),
         }
     else:
-        notes.append('No plots: pip install "editunlearn[report]" for matplotlib.')
+        about.append('No plots: pip install "editunlearn[report]" for matplotlib.')
     return Section(
         suite,
         columns,
@@ -93,7 +99,7 @@ def section(suite: str, columns: Sequence[Column]) -> Section:
         [line for line in found if "." not in line.name],
         {part: asked for part in parts_with_text(columns) if (asked := items(part, columns))},
         {title: svg for title, svg in drawn.items() if svg},
-        notes,
+        about,
     )
 
 
@@ -115,6 +121,15 @@ def _cell(value: Mapping[str, Any] | None) -> Cell:
         return Cell("-", note=value["reason"])
     interval = "" if value["low"] is None else f"{value['low']:.3g} to {value['high']:.3g}"
     return Cell(f"{value['value']:.4g}", interval, value["reason"], value["value"])
+
+
+def notes(shown: Sequence[Line]) -> dict[str, list[str]]:
+    """By note, the numbers that it is about."""
+    found: dict[str, list[str]] = {}
+    for line in shown:
+        for note in dict.fromkeys(cell.note for cell in line.cells if cell.note):
+            found.setdefault(note, []).append(line.name)
+    return found
 
 
 def parts_with_text(columns: Sequence[Column]) -> list[str]:
@@ -160,7 +175,9 @@ def html(title: str, sections: Sequence[Section]) -> str:
     used = {
         line.definition.name: line.definition for s in sections for line in (*s.totals, *s.lines) if line.definition
     }
-    return environment.from_string(text).render(title=title, sections=sections, glossary=sorted(used.items()))
+    return environment.from_string(text).render(
+        title=title, sections=sections, glossary=sorted(used.items()), notes=notes
+    )
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
@@ -175,8 +192,8 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
         for line in (*part.totals, *part.lines):
             cells = [f"{c.text} ({c.interval})" if c.interval else c.text for c in line.cells]
             out.append(f"| {line.name} | {line.better} | {' | '.join(cells)} |")
-        notes = {c.note for line in (*part.totals, *part.lines) for c in line.cells if c.note}
-        out += ["", *(f"- {note}" for note in [*part.notes, *sorted(notes)]), ""]
+        noted = [f"{', '.join(names)}: {note}" for note, names in notes((*part.totals, *part.lines)).items()]
+        out += ["", *(f"- {note}" for note in [*part.notes, *noted]), ""]
     return "\n".join(out) + "\n"
 
 

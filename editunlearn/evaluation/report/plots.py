@@ -27,28 +27,29 @@ def available() -> bool:
 
 def trade_off(columns: Sequence[Column]) -> str | None:
     """What is left of the forgotten facts against what is kept; best is the upper left corner."""
-    points = [(c, c.value("leak_gen"), c.value("heldout.correct")) for c in columns]
-    shown = [(c, x, y) for c, x, y in points if x is not None and y is not None]
+    values = [(c, c.value("leak_gen"), c.value("heldout.correct")) for c in columns]
+    shown = [(c, x, y) for c, x, y in values if x is not None and y is not None]
     if len(shown) < 2:
         return None
     figure, axes = _figure(6.0, 3.6)
+    points = []
     for number, (column, leak, kept) in enumerate(shown):
-        axes.errorbar(
+        drawn = axes.errorbar(
             leak,
             kept,
             xerr=_bars(column, "leak_gen", leak),
             yerr=_bars(column, "heldout.correct", kept),
             fmt="osD^vP*"[number % 7],
             color=COLOURS[number % len(COLOURS)],
-            label=_plain(column.label),
             capsize=2,
             elinewidth=0.8,
         )
+        points.append(drawn.lines[0])  # in the legend without its bars, which hide its shape
     axes.set_xlabel("facts to forget that leak")
     axes.set_ylabel("held-out facts answered")
     axes.set_xlim(-0.04, 1.04)
     axes.set_ylim(None, 1.03)
-    _legend(figure)
+    _legend(figure, handles=points, labels=[_plain(column.label) for column, *_ in shown])
     return _svg(figure)
 
 
@@ -85,8 +86,8 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # matplotlib takes what is between two of them for a formula
 
 
-def _legend(figure: Any) -> None:
-    figure.legend(loc="outside upper left", frameon=False, fontsize=8, labelcolor=INK, ncols=4)
+def _legend(figure: Any, **more: Any) -> None:
+    figure.legend(loc="outside upper left", frameon=False, fontsize=8, labelcolor=INK, ncols=4, **more)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -73,6 +73,7 @@ class Source:
         read = read_rows(place, data_root=self.data_root, split="test")
         if read.problems:
             raise InputError(read.problems)
+        self.notes.extend(read.notes if place.count(":") > 1 else ())  # a split that was named, and is not there
         records: list[Record] = [row.data for row in read.rows]
         columns = tuple(columns)
         for column in columns:
@@ -123,10 +124,15 @@ class Part:
 
     @property
     def looks(self) -> int:
-        """How often :meth:`items` reports each probe, about."""
-        return len({"text", "answer"} & judging.needs(self.metrics))
+        """The sum of what :meth:`items` reports."""
+        return Look(judging.needs(self.metrics)).work(self.probes)
 
-    def prepare(self, lm: LM) -> None:
+    @property
+    def looks_before(self) -> int:
+        """The sum of what :meth:`prepare` reports."""
+        return 0
+
+    def prepare(self, lm: LM, progress: Callable[[int], None]) -> None:
         """Look at the model before anything is applied to it."""
 
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:

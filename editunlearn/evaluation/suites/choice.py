@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Probe
 from editunlearn.lm.layout import context_length
 from editunlearn.lm.tokens import Prompt
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 LETTERS = "ABCDEFGHIJ"
+
+
+def check_choices(records: Sequence[Record], place: str) -> None:
+    """Raise InputError unless each record's ``answer`` is the number of one of its ``choices``, two at least."""
+    for number, record in enumerate(records):
+        choices, answer = record["choices"], record["answer"]
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise InputError(
+                f"{place}: record {number}: 'choices' is a list of 2 to {len(LETTERS)} texts; it is {choices!r}."
+            )
+        if answer not in range(len(choices)):
+            raise InputError(
+                f"{place}: record {number}: 'answer' is a number from 0 to {len(choices) - 1}; it is {answer!r}."
+            )
 
 
 def choice_probe(lm: LM, record: Record, *, examples: Sequence[Any] = (), topic: str = "") -> Probe:

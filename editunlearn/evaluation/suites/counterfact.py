@@ -5,8 +5,8 @@ Here the true object is what is to be forgotten; the counterfactual one is only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Decoding, Probe
@@ -21,17 +21,26 @@ if TYPE_CHECKING:
 HUB = "azhx/counterfact"
 METRICS = ("answer_probability", "chosen_mean", "leak", "correct", "refusal")
 TOKENS = Decoding(12)
+NEEDED = tuple(
+    ("requested_rewrite", *path) for path in (("prompt",), ("subject",), ("target_true", "str"), ("target_new", "str"))
+)
+"""What every case must have."""
 
 
 def read(which: str, source: Source) -> list[Record]:
     """Cases; ``which`` may be a file in the published format."""
     rows = source.rows(which or HUB, ("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"))
     for number, row in enumerate(rows):
-        request = row["requested_rewrite"]
-        missing = [key for key in ("prompt", "subject", "target_true", "target_new") if not request.get(key)]
+        missing = [".".join(path) for path in NEEDED if not _at(row, path)]
         if missing:
-            raise InputError(f"counterfact: case {number} has no requested_rewrite.{missing[0]}.")
+            raise InputError(f"counterfact: case {number} has no {missing[0]}.")
     return rows
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def parts(lm: LM, data: Sequence[Record]) -> list[Part]:  # noqa: ARG001 - as all suites

@@ -53,6 +53,10 @@ def read(which: str, source: Source) -> Relations:  # noqa: ARG001 - as all suit
         raise InputError(
             f"edu-relat: {which}: not of the form that suites/edu_relat.py describes: {error!r}."
         ) from None
+    if not facts or not targets:
+        raise InputError(
+            f"edu-relat: {which}: it has {len(facts)} facts and {len(targets)} targets; at least one of each."
+        )
     missing = closure(facts, rules) - set(facts)
     if missing:
         raise InputError(f"edu-relat: {which}: {sorted(missing)[0]} follows by the rules, but is no fact of the file.")

@@ -118,7 +118,7 @@ def parts(lm: LM, data: Request) -> list[Part]:
         drawn = [probe(lm, f, f.prompt) for f in facts for _ in range(SAMPLES)]
         sampled = replace(decoding, top_k=TOP_K, seed=data.seed)
         made.append(Part(f"{ATTACK}sampling", drawn, ("leak", "refusal"), sampled))
-        made.append(Inside("inside", asked["forget"], (), text=data.text))
+        made.append(Inside("inside", asked["forget"], (), text=data.text, blocks=lm.layout.num_layers(lm.model)))
     made += [Part(name, probes, (*KEEP, *MORE.get(name, ())), decoding) for name, probes in kept.items() if probes]
     known = [*kept["retain"], *kept["heldout"]]
     if known:
@@ -141,11 +141,16 @@ class Shift(Part):
     @property
     def looks(self) -> int:
         """See :class:`Part`."""
-        return 1
+        return len(self.probes)
 
-    def prepare(self, lm: LM) -> None:
+    @property
+    def looks_before(self) -> int:
+        """See :class:`Part`."""
+        return len(self.probes)
+
+    def prepare(self, lm: LM, progress: Callable[[int], None]) -> None:
         """Keep the states of the unedited model."""
-        self.base = states_of(lm, self._rows(lm))
+        self.base = states_of(lm, self._rows(lm), progress)
 
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
         """See :class:`Part`."""

@@ -26,22 +26,22 @@ class Inside(Part):
 
     Attributes:
         text: passages that the probe is fitted on.
+        blocks: of the model.
     """
 
     text: Sequence[str] = field(default=(), repr=False)
+    blocks: int = 0
 
     @property
     def looks(self) -> int:
         """See :class:`Part`."""
-        return 2
+        return 2 * self.blocks
 
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
         """See :class:`Part`."""
         rows = [encode(lm, p.prompt, p.answer, "prompt_last") for p in self.probes if p.prompt is not None]
-        plain = logit_lens(lm, rows)
-        progress(len(rows))
-        probed = logit_lens(lm, rows, self._passages(lm))
-        progress(len(rows))
+        plain = logit_lens(lm, rows, done=progress)
+        probed = logit_lens(lm, rows, self._passages(lm), done=progress)
         values = [{**_values("lens", plain, i), **_values("probe", probed, i)} for i in range(len(rows))]
         return [Item(p.shown, p.answer, None, p.group, v) for p, v in zip(self.probes, values, strict=True)]
 

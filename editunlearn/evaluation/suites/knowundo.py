@@ -39,8 +39,11 @@ def read(which: str, source: Source) -> dict[str, list[Record]]:
     found = {}
     for scope in ("unlearn", "retention"):
         place = f"{HUB}:{which}:{scope}"
-        records = [record for row in source.rows(place, ("val",)) for record in row["val"]]
-        bad = [i for i, record in enumerate(records) if not record.get("text") or not record.get("labels")]
+        columns = [row["val"] for row in source.rows(place, ("val",))]
+        records = [record for column in columns if isinstance(column, list) for record in column]
+        if not records:
+            raise InputError(f"{place}: 'val' is no list of records with 'text' and 'labels', or an empty one.")
+        bad = [i for i, r in enumerate(records) if not (isinstance(r, dict) and r.get("text") and r.get("labels"))]
         if bad:
             raise InputError(f"{place}: record {bad[0]} of 'val' has no 'text' or no 'labels'.")
         found[scope] = records[: source.limit]
@@ -66,9 +69,16 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]: 
     """Unlearn and retention success in percent and perplexity, of each part."""
     found: dict[str, Value] = {}
     for scope in measured.parts:
-        accuracy, loss = measured.mean(scope, "exact_memorization"), measured.mean(scope, "loss")
-        if accuracy is not None and loss is not None:
-            success = 1 - accuracy if scope.startswith("unlearn") else accuracy
-            found[f"{scope}_success"] = Value(100 * success, items=len(measured.parts[scope]))
-            found[f"{scope}_perplexity"] = Value(math.exp(min(loss, 700.0)), items=len(measured.parts[scope]))
+        accuracy = Value.mean(measured.values(scope, "exact_memorization"))
+        found[f"{scope}_success"] = accuracy.mapped(_missed if scope.startswith("unlearn") else _percent)
+        loss = Value.mean(measured.values(scope, "loss"), share=False)
+        found[f"{scope}_perplexity"] = loss.mapped(lambda mean: math.exp(min(mean, 700.0)))
     return found
+
+
+def _percent(share: float) -> float:
+    return 100 * share
+
+
+def _missed(share: float) -> float:
+    return 100 * (1 - share)

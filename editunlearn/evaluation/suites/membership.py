@@ -32,7 +32,7 @@ class Gradients(Part):
     @property
     def looks(self) -> int:
         """See :class:`Part`."""
-        return 1
+        return len(self.probes)
 
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
         """See :class:`Part`."""

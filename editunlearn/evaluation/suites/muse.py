@@ -71,9 +71,6 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:
     """VerbMem, KnowMem and utility (KnowMem of what stays), in percent as published, and PrivLeak."""
     found: dict[str, Value] = {}
     for name, part in {"knowmem": "knowmem_forget", "verbmem": "verbmem_forget", "utility": "knowmem_retain"}.items():
-        mean = measured.mean(part, "rouge_l_f1")
-        reason = "" if mean is not None else "no passages to recite were given"
-        found[name] = Value(
-            None if mean is None else 100 * mean, items=len(measured.parts.get(part, ())), reason=reason
-        )
+        mean = Value.mean(measured.values(part, "rouge_l_f1"), "no passages to recite were given")
+        found[name] = mean.mapped(lambda share: 100 * share)
     return found | membership(measured, reference, "privleak_forget", "privleak_holdout")

@@ -14,7 +14,7 @@ from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
-from editunlearn.evaluation.suites.choice import choice_probe
+from editunlearn.evaluation.suites.choice import check_choices, choice_probe
 from editunlearn.evaluation.suites.membership import SCORES
 from editunlearn.lm.tokens import Prompt, wrap
 from editunlearn.naming import did_you_mean
@@ -52,7 +52,9 @@ def read(which: str, source: Source) -> dict[str, list[Record]]:
         "utility_factuality": ("question", "answers"),
         "utility_fluency": ("instruction",),
     }
-    return found | {name: source.optional(f"{HUB}:{name}", names) for name, names in columns.items()}
+    found |= {name: source.optional(f"{HUB}:{name}", names) for name, names in columns.items()}
+    check_choices(found["utility_general"], f"{HUB}:utility_general")
+    return found
 
 
 def _named(which: str, source: Source) -> frozenset[str]:
@@ -132,8 +134,7 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]: 
         "forget_all": ("fill_blank", "question", "adversarial"),
         "neighbor_all": ("neighbor_fill_blank", "neighbor_question"),
     }.items():
-        means = [mean for mean in (measured.mean(part, "rouge_l") for part in own) if mean is not None]
-        found[f"{name}_rouge_l"] = Value(sum(means) / len(means), items=len(means)) if means else Value(None)
+        found[f"{name}_rouge_l"] = Value.mean_of_means([measured.values(part, "rouge_l") for part in own])
     for kind in sorted({item.group for item in measured.parts.get("adversarial", ())}):
         name = f"adversarial.{kind.replace(' ', '_')}.rouge_l"
         found[name] = Value.mean(measured.values("adversarial", "rouge_l", kind))

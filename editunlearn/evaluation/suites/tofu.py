@@ -7,7 +7,7 @@ the stemmed recall of at most 200 greedy tokens, the truth ratio takes geometric
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from editunlearn.evaluation.metrics import likelihood
 from editunlearn.evaluation.probes import Decoding, Probe
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 HUB = "locuslab/TOFU"
 SETS = ("forget", "retain", "real_authors", "world_facts")
-EVAL_FILE = "TOFU_EVAL.json"
-"""Name of open-unlearning's results."""
 TOKENS = 200
 COLLAPSED = 1e-8
 """Mean probability of the forgotten answers below which true and wrong ones are equally impossible."""
@@ -69,14 +67,14 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:
     """Model utility, forget quality, truth ratios, membership inference."""
     found: dict[str, Value] = {}
     ratios = {name: measured.values(name, "truth_ratio") for name in SETS}
-    found["forget_truth_ratio"] = Value(likelihood.forget_truth_ratio(ratios["forget"]), items=len(ratios["forget"]))
+    found["forget_truth_ratio"] = _of_ratios(likelihood.forget_truth_ratio(ratios["forget"]), ratios["forget"])
     nine: dict[str, float | None] = {}
     for name in SETS[1:]:
         kind = "probability" if name == "retain" else "probability_among"
         nine[f"{name} probability"] = measured.mean(name, kind)
         nine[f"{name} ROUGE"] = measured.mean(name, "rouge_l")
         nine[f"{name} truth ratio"] = likelihood.utility_truth_ratio(ratios[name])
-        found[f"{name}_truth_ratio"] = Value(nine[f"{name} truth ratio"], items=len(ratios[name]))
+        found[f"{name}_truth_ratio"] = _of_ratios(nine[f"{name} truth ratio"], ratios[name])
     missing = [name for name, value in nine.items() if value is None]
     found["model_utility"] = Value(
         likelihood.model_utility(nine), reason=f"not measured: {', '.join(missing)}" if missing else ""
@@ -91,6 +89,11 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:
     return found
 
 
+def _of_ratios(value: float | None, ratios: Sequence[float]) -> Value:
+    reason = "no item has a truth ratio" if value is None else likelihood.TRUTH_RATIO_NOTE
+    return Value(value, items=len(ratios), reason=reason)
+
+
 def _forget_quality(ratios: Sequence[float], reference: Measured | None) -> dict[str, Value]:
     never = reference.values("forget", "truth_ratio") if reference is not None else []
     if not never or not ratios:
@@ -103,47 +106,8 @@ def _forget_quality(ratios: Sequence[float], reference: Measured | None) -> dict
         reason = f"{len(ratios)} items here, {len(never)} in the reference: p-values are comparable at equal n only"
         return {"forget_quality": Value(None, reason=reason), "forget_quality_ks": Value(None, reason=reason)}
     test = likelihood.forget_quality(ratios, never)
-    note = f"p-value, n = {test.items} against {test.reference_items}"
+    note = f"p-value, n = {test.items} against {test.reference_items}; {likelihood.TRUTH_RATIO_NOTE}"
     return {
         "forget_quality": Value(test.p_value, items=test.items, reason=note),
         "forget_quality_ks": Value(test.statistic, items=test.items),
     }
-
-
-def from_open_unlearning(file: Any) -> Measured:
-    """What open-unlearning's TOFU_EVAL.json holds, as far as a comparison needs it.
-
-    Raises:
-        KeyError, TypeError, AttributeError: it is not such a file.
-    """
-    from editunlearn.evaluation.results import Item
-
-    ratios = file["forget_truth_ratio"]["value_by_index"]
-    ordered = [ratios[index]["score"] for index in sorted(ratios, key=int)]
-    return Measured({"forget": [Item("", "", None, "", {"truth_ratio": float(ratio)}) for ratio in ordered]})
-
-
-def to_open_unlearning(measured: Measured, found: Mapping[str, Value]) -> dict[str, Any]:
-    """The same numbers under the names of open-unlearning's TOFU_EVAL.json."""
-
-    def by_index(part: str, metric: str, name: str, mean: float | None) -> dict[str, Any]:
-        values = {str(i): {name: value} for i, value in enumerate(measured.values(part, metric))}
-        return {"agg_value": mean, "value_by_index": values}
-
-    short = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
-    out: dict[str, Any] = {}
-    for part, prefix in short.items():
-        ratio = "truth_ratio" if part == "forget" else "Truth_Ratio"
-        out[f"{prefix}_Q_A_Prob"] = by_index(part, "probability", "prob", measured.mean(part, "probability"))
-        out[f"{prefix}_Q_A_ROUGE"] = by_index(part, "rouge_l", "rougeL_recall", measured.mean(part, "rouge_l"))
-        mean = found[f"{part}_truth_ratio"].value
-        out[f"{prefix}_{ratio}"] = by_index(part, "truth_ratio", "score", mean)
-        if part in ("real_authors", "world_facts"):
-            mean = measured.mean(part, "probability_among")
-            out[f"{prefix}_Q_A_Prob_normalised"] = by_index(part, "probability_among", "prob", mean)
-    for name, ours in (("extraction_strength", "extraction_strength"), ("exact_memorization", "exact_memorization")):
-        out[name] = by_index("forget", ours, "score", measured.mean("forget", ours))
-    for name in ("model_utility", "forget_quality"):
-        out[name] = {"agg_value": found[name].value}
-    out["privleak"] = {"agg_value": found["priv_leak"].value}
-    return out

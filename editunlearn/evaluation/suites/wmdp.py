@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from editunlearn.evaluation.results import Measured, Value
 from editunlearn.evaluation.suites import Part, Record, Source
-from editunlearn.evaluation.suites.choice import choice_probe
+from editunlearn.evaluation.suites.choice import check_choices, choice_probe
 
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
@@ -22,7 +22,9 @@ TOPICS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 
 def read(which: str, source: Source) -> list[tuple[str, Record]]:
     """Questions of one topic, each with the topic's name."""
-    rows = source.rows(f"{HUB}:wmdp-{which}", ("question", "choices", "answer"))
+    place = f"{HUB}:wmdp-{which}"
+    rows = source.rows(place, ("question", "choices", "answer"))
+    check_choices(rows, place)
     return [(which, row) for row in rows]
 
 
@@ -35,6 +37,6 @@ def parts(lm: LM, data: Sequence[tuple[str, Record]]) -> list[Part]:
 def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
     """How far accuracy is above chance, 0 to 1."""
     name = next(iter(measured.parts))
-    accuracy = measured.mean(name, "chosen")
-    above = None if accuracy is None else (accuracy - 0.25) / 0.75
-    return {f"{name}_above_chance": Value(above, reason="0: like guessing, 1: all right")}
+    accuracy = Value.mean(measured.values(name, "chosen"))
+    above = accuracy.mapped(lambda share: (share - 0.25) / 0.75, "0: like guessing, 1: all right")
+    return {f"{name}_above_chance": above}
