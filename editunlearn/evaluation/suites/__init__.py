@@ -156,6 +156,11 @@ class Module(Protocol):
         """Numbers made of several parts, or of a part and a reference."""
 
 
+def is_facts(name: str) -> bool:
+    """Whether this suite is about the facts of ``--facts``."""
+    return name.partition(":")[0] == "facts"
+
+
 def module(name: str) -> tuple[Module, str]:
     """The file of ``NAME[:WHICH]`` and what stands behind the colon.
 
