@@ -199,7 +199,7 @@ def test_a_reference_or_baseline_that_nothing_is_compared_with(
     assert call("evaluate", *flags(world, tmp_path / "a")).code == 0
     own = str(tmp_path / "a" / "base" / "facts")
     assert call("evaluate", *flags(world, tmp_path / "a", "--baseline", own)).code == 0
-    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("editunlearn.measuring.load_model", lambda _: pytest.fail("weights were loaded"))
     under = ["--under", "relearn:2", "--reference", own]
     done = call("evaluate", *flags(world, tmp_path / "b", *under))
     assert done.code == 2 and "the suite facts compares with no reference; tofu and muse do" in done.err, done.err
@@ -231,7 +231,7 @@ def test_a_reference_or_baseline_that_nothing_is_compared_with(
 def test_bad_input_is_found_before_weights_are_loaded(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], said: str
 ) -> None:
-    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("editunlearn.measuring.load_model", lambda _: pytest.fail("weights were loaded"))
     done = call("evaluate", *flags(world, tmp_path / "out", *more))
     assert done.code == 2 and said in done.err, done.err
     assert "needs --facts" not in done.err
@@ -261,7 +261,7 @@ BAD_DATA: list[tuple[str, str, Any, str]] = [
 def test_bad_benchmark_data_are_found_before_weights_are_loaded(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suite: str, file: str, content: Any, said: str
 ) -> None:
-    monkeypatch.setattr("editunlearn.evaluate.load_model", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("editunlearn.measuring.load_model", lambda _: pytest.fail("weights were loaded"))
     root = benchmark_data.write(tmp_path / "data")
     (root / f"{file}.json").write_text(json.dumps(content))
     asked = ["--suite", suite.replace("ROOT", str(root)), "--data-root", str(root)]
