@@ -148,7 +148,7 @@ def test_second_moments_are_cached_under_all_their_inputs(
 
 
 def test_an_interrupted_measurement_goes_on(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "CHECKPOINT", 0.0)
+    monkeypatch.setattr(moments, "WORK_PER_SAVING", 0.0)
     monkeypatch.setattr(moments, "WINDOWS", 2)
     lm, hp, console = tiny.lm(), settings("memit", text).moments, Console(quiet=True)
     sites = lm.layout.sites([0, 1])

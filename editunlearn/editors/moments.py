@@ -32,8 +32,9 @@ WINDOWS = 8
 SORTED = 512
 """Windows that are sorted by length among themselves: short documents cost hardly any padding, and reading stays in
 order by and large."""
-CHECKPOINT = 30.0
-"""Seconds between two checkpoints of an unfinished measurement: the sums of a large model take seconds to write."""
+WORK_PER_SAVING = 20.0
+"""Time from one checkpoint of an unfinished measurement to the next, as a multiple of the time that writing it takes:
+the sums of a large model take seconds, those of a small one next to nothing."""
 
 
 def tokenizer_hash(lm: LM) -> str:
@@ -115,7 +116,7 @@ def _measure(
 ) -> dict[str, Tensor]:
     sums: dict[str, SecondMoment] = {}
     batches = _batches(pieces)
-    done, saved = 0, time.monotonic()
+    done, saved, writing = 0, time.monotonic(), 0.0
     if kept := partial.get("partial"):
         done = int(kept["batches"])
         for site in sites:
@@ -125,11 +126,13 @@ def _measure(
     with console.progress(sum(len(p) for b in batches[done:] for p in b), "second moments (tokens)") as bar:
         for number, part in enumerate(batches[done:], done + 1):
             bar.update(add_windows(lm, sites, sums, part, console.warn))
-            if time.monotonic() - saved >= CHECKPOINT and number < len(batches):
+            began = time.monotonic()
+            if began - saved >= WORK_PER_SAVING * writing and number < len(batches):
                 state = {name: running.total for name, running in sums.items()}
                 counts = {"batches": torch.tensor(number), "tokens": torch.tensor(sums[sites[0].name].count)}
                 partial.put("partial", {**state, **counts})
                 saved = time.monotonic()
+                writing = saved - began
     return {name: running.mean().float().cpu() for name, running in sums.items()}
 
 
