@@ -221,7 +221,9 @@ def test_a_reference_or_baseline_that_nothing_is_compared_with(
         (["--under", "int8:3"], "unknown treatment 'int8:3'"),
         (["--under", "relearn:0"], "a number from 1, of steps of fine-tuning"),
         (["--require", "leak_gen=0"], 'write METRIC, <=, >=, < or >, and a number: "leak_gen<=0.02"'),
+        (["--under", "relearn", "--limit", "1"], "of ROOT/facts.jsonl 1 is taken (--limit 1), at least 2 are needed"),
         (["--limit", "0"], "--limit 0: at least 1"),
+        (["--seed", "-1"], "--seed -1: at least 0"),
         (["--delta", "nowhere"], "nowhere/delta.json does not exist"),
         (["--reference", "nowhere.json"], "nowhere.json: no such file"),
         (["--facts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
@@ -233,7 +235,7 @@ def test_bad_input_is_found_before_weights_are_loaded(
 ) -> None:
     monkeypatch.setattr("editunlearn.measuring.load_model", lambda _: pytest.fail("weights were loaded"))
     done = call("evaluate", *flags(world, tmp_path / "out", *more))
-    assert done.code == 2 and said in done.err, done.err
+    assert done.code == 2 and said.replace("ROOT", str(world.root)) in done.err, done.err
     assert "needs --facts" not in done.err
     assert not (tmp_path / "out").exists()
 
@@ -401,6 +403,9 @@ def test_facts_that_cannot_be_unknown(
 def test_relearning_needs_facts(world: World, tmp_path: Path) -> None:
     done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "wmdp:bio", "--under", "relearn", facts=False))
     assert done.code == 2 and "--under relearn:5:0.0001 trains on facts: give --facts FILE" in done.err
+    alone = runs.write_lines(tmp_path / "one.jsonl", runs.FACTS[:1])
+    done = call("evaluate", *flags(world, tmp_path / "out", "--facts", str(alone), "--under", "relearn-lora:2"))
+    assert done.code == 2 and "one.jsonl there is 1, at least 2 are needed" in done.err
 
 
 def test_a_delta_of_another_model_is_refused(world: World, tmp_path: Path) -> None:
