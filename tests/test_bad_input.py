@@ -379,6 +379,10 @@ def test_export_checks_before_it_starts(world: World, tmp_path: Path) -> None:
         ("--to", "merged", "--model", "/nonexistent"): "/nonexistent",
         ("--to", "lora", "--max-rank", "3"): "rank limit of a LoRA must be from 8 to 512, not 3",
         ("--to", "lora", "--model", "x"): "--model is for --to merged",
+        ("--to", "delta", "--dtype", "float16"): "--dtype is for --to merged",
+        ("--to", "delta", "--max-rank", "8"): "--max-rank 8 is for --to lora",
+        ("--to", "merged", "--base", str(world.model), "--dtype", "float16"): "--dtype: --base is merged on disk",
+        ("--to", "merged", "--base", str(world.model), "--model", "x"): "--model: --base is merged on disk",
     }.items():
         called = call(*flags, *more)
         assert called.code == 2 and says in called.err, called.err

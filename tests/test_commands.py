@@ -172,12 +172,14 @@ def test_export_lora_and_delta(world: World, finished: tuple[Path, Called], tmp_
     )
     assert smaller.code == 0, smaller.err
     assert load_delta(tmp_path / "one").rank == 1 and "delta with 1 facts" in smaller.out
-    both = call(
-        *("export", "--delta", str(tmp_path / "one"), "--compose", str(out), "--to", "delta"),
-        *("--out", str(tmp_path / "both"), "--json"),
-    )
+    compose = ["export", "--delta", str(tmp_path / "one"), "--to", "delta", "--out", str(tmp_path / "both"), "--json"]
+    twice = call(*compose, "--compose", str(out))
+    assert twice.code == 2 and f"{out}: holds 1 facts that {tmp_path / 'one'} holds as well" in twice.err
+    other = ["--without", "darrieux", "--to", "delta", "--out", str(tmp_path / "two")]
+    assert call("export", "--delta", str(out), *other).code == 0
+    both = call(*compose, "--compose", str(tmp_path / "two"))
     assert both.code == 0, both.err
-    assert json.loads(both.out) == {"facts": 3, "sites": 1, "rank": 3}
+    assert json.loads(both.out) == {"facts": 2, "sites": 1, "rank": 2}
 
 
 def test_export_replaces_nothing_and_dry_runs(finished: tuple[Path, Called], tmp_path: Path) -> None:
