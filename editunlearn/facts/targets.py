@@ -35,20 +35,23 @@ def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[
         pool: facts to take answers from for "random"; the facts themselves when None.
 
     Raises:
-        InputError: unknown ``spec``, no other answer to choose, or facts without the target they have to
-            bring; lists all such facts.
+        InputError: unknown ``spec``, no other answer to choose, facts without the target they have to bring, or
+            whose target is their answer; lists all such facts.
     """
     choose = _chooser(facts, spec, seed, pool)
     filled: list[Fact] = []
     problems: list[str] = []
     for fact in facts:
-        if fact.target is not None:
-            filled.append(fact)
-            continue
         try:
-            filled.append(replace(fact, target=choose(fact)))
+            target = choose(fact) if fact.target is None else fact.target
         except InputError as error:
             problems.extend(error.problems)
+            continue
+        if comparable(target) in map(comparable, answers(fact)):
+            problems.append(
+                f"{fact.id}: the target {target!r} is the answer that is to be forgotten. Give another one."
+            )
+        filled.append(replace(fact, target=target))
     if problems:
         raise InputError(problems)
     return filled
