@@ -18,6 +18,7 @@ from editunlearn.facts.records import Fact, ForgetRequest, content_hash
 from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets, strategy
 from editunlearn.facts.text import documents
 from editunlearn.general import general_facts, without
+from editunlearn.naming import first_of
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
@@ -126,8 +127,7 @@ def forget(
         filled, again = earlier.divide(filled)
         again = earlier.known(again)
     asked = [*filled, *again]
-    prompts = {comparable(f.prompt) for f in asked}
-    retain = [f for f in retain if comparable(f.prompt) not in prompts]
+    retain = _not_forgotten(retain, asked, console)
     kept = without(retain, asked, console)
     with stages.timed("known facts"):
         general = general_facts(lm, asked, kept, cache, console)
@@ -187,6 +187,15 @@ def with_targets(
     return fill_targets(own, targets, seed=seed, pool=[*facts, *retain] if targets == "random" else None)
 
 
+def _not_forgotten(retain: Sequence[Fact], asked: Sequence[Fact], console: Console) -> list[Fact]:
+    """The retain facts less those that are to be forgotten: the same prompt cannot be both."""
+    prompts = {comparable(f.prompt) for f in asked}
+    both = [f.id for f in retain if comparable(f.prompt) in prompts]
+    if both:
+        console.warn(f"{len(both)} retain facts are to be forgotten as well, and are left out: {first_of(both, 10)}")
+    return [f for f in retain if comparable(f.prompt) not in prompts]
+
+
 def _check_perplexity(before: Scores | None, after: Scores, limit: float | None) -> None:
     """Raises NumericalError when text became ``limit`` times as unlikely; None: no limit."""
     if limit is not None and before is not None and after.perplexity > limit * before.perplexity:
@@ -228,9 +237,9 @@ def _finite(scores: Scores, lm: LM, when: str) -> Scores:
 def _warn_unknown(facts: Sequence[Fact], before: Scores, console: Console) -> None:
     unknown = [f.id for f, answered in zip(facts, before.forget, strict=True) if not answered.leaked]
     if unknown:
-        shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         console.warn(
-            f"the model does not answer {len(unknown)} of {len(facts)} facts; nothing to forget there: {shown}"
+            f"the model does not answer {len(unknown)} of {len(facts)} facts; nothing to forget there: "
+            + first_of(unknown, 10)
         )
 
 

@@ -296,13 +296,14 @@ def test_facts_that_the_model_does_not_know_are_named(world: World, tmp_path: Pa
     unknown = {"id": "nile", "subject": "Nile", "prompt": "The Nile flows through", "answer": "Egypt"}
     both = {**FACTS[1], "id": "again", "prompt": "In France they speak", "answer": "French"}
     facts = write_lines(tmp_path / "facts.jsonl", [FACTS[1], unknown])
-    retain = write_lines(tmp_path / "retain.jsonl", [both])
+    retain = write_lines(tmp_path / "retain.jsonl", [both, {**FACTS[1], "id": "kept"}])
     flags = world.flags(tmp_path / "run", "--facts", str(facts), "--retain", str(retain))
     called = call("apply", *flags)
     assert called.code == 0, called.err
     assert "warning: the model does not answer 1 of 2 facts; nothing to forget there: nile" in called.err
     assert "1 retain facts are about a subject that is to be forgotten" in called.err
     assert "they may be lost (they are measured): again" in called.err
+    assert "warning: 1 retain facts are to be forgotten as well, and are left out: kept" in called.err
     results = _json(tmp_path / "run" / "results.json")
     assert {name.split("_")[0] for name in results["not_measured"]} == {"paraphrase", "question", "neighbor"}
     assert results["metrics"]["retain_accuracy"]["base"] is not None
