@@ -126,6 +126,20 @@ def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, mo
     assert "forget" in measured[count:] and "retain" not in measured[count:]
 
 
+def test_a_probe_fitted_on_other_text_is_measured_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is of the text, too: what is asked stays the same here, what the probe learns from does not."""
+    measured: list[str] = []
+    real = running.measure
+    monkeypatch.setattr(running, "measure", lambda lm, part, *more: measured.append(part.name) or real(lm, part, *more))
+    asked = flags(world, tmp_path, "--suite", "facts:attacks")
+    assert call("evaluate", *asked, "--limit", "2").code == 0 and "inside" in measured
+    measured.clear()
+    assert call("evaluate", *asked, "--limit", "3").code == 0
+    assert "inside" in measured and "forget" not in measured
+
+
 def test_requirements(world: World, tmp_path: Path) -> None:
     good = call("evaluate", *flags(world, tmp_path, "--require", "leak_gen >= 0.5", "--require", "forget.leak<=1"))
     assert good.code == 0
