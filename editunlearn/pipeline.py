@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editunlearn.errors import InputError, NumericalError
+from editunlearn.errors import NumericalError
 from editunlearn.facts.readers import comparable
 from editunlearn.facts.records import Fact, ForgetRequest, content_hash
 from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets, strategy
 from editunlearn.facts.text import documents
 from editunlearn.general import general_facts, without
 from editunlearn.naming import first_of
+from editunlearn.run_folder import WORK, finish, make_room
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
@@ -30,12 +30,6 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 PERPLEXITY_LENGTH = 256
-WORK = ".work"
-"""Folder in a run directory with the finished stages of an unfinished run."""
-DERIVED = ("lora", "merged")
-"""Folders in a run directory that are made from its delta."""
-FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "report.html", "results.json", "timing.json")
-"""Files of a run directory beside the manifest, which is written last."""
 
 
 @dataclass
@@ -106,7 +100,7 @@ def forget(
         fresh: start over instead of going on.
         store_facts: keep the text of the facts in ``delta.json``.
         save_delta: False leaves only the finished stages in ``out``, for a caller that has more to write there between
-            ``make_room`` and ``finish``.
+            :func:`editunlearn.run_folder.make_room` and ``finish``.
 
     Raises:
         InputError: bad facts, targets or settings.
@@ -206,22 +200,6 @@ def _check_perplexity(before: Scores | None, after: Scores, limit: float | None)
         )
 
 
-def finish(out: Path, delta: Delta, past: PastKeys, facts: Sequence[Fact] | None) -> None:
-    """Save past keys and the delta, the last of a run's files; remove its stages and what killed runs left unfinished.
-
-    Args:
-        facts: their text is kept in the manifest.
-    """
-    from editunlearn.editors.earlier import Earlier
-
-    Earlier(delta, past).save(out, facts)
-    for path in (out / WORK, *out.glob(".*.tmp-*")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _finite(scores: Scores, lm: LM, when: str) -> Scores:
     """``scores``, if all of them are numbers.
 
@@ -241,23 +219,6 @@ def _warn_unknown(facts: Sequence[Fact], before: Scores, console: Console) -> No
             f"the model does not answer {len(unknown)} of {len(facts)} facts; nothing to forget there: "
             + first_of(unknown, 10)
         )
-
-
-def make_room(out: Path, delta: Delta) -> None:
-    """Remove what an earlier run made of another delta, its manifest first: what has none is not complete."""
-    from editunlearn.deltas.files import MANIFEST, load_manifest
-
-    if not (out / MANIFEST).is_file():
-        return
-    try:
-        there = load_manifest(out)
-    except InputError:
-        there = None
-    if there is None or there.with_sites(there.sites) != delta.manifest:
-        for name in (MANIFEST, *FILES):
-            (out / name).unlink(missing_ok=True)
-        for name in DERIVED:
-            shutil.rmtree(out / name, ignore_errors=True)
 
 
 def run_inputs(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.facts.targets import DEFAULT_TARGETS
-from editunlearn.pipeline import WORK, forget
+from editunlearn.pipeline import forget
+from editunlearn.run_folder import WORK
 
 if TYPE_CHECKING:
     from editunlearn.deltas.kinds import Delta
