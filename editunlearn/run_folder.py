@@ -23,8 +23,10 @@ WORK = ".work"
 """Folder in a run directory with the finished stages of an unfinished run."""
 DERIVED = ("lora", "merged")
 """Folders in a run directory that are made from its delta."""
-FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "report.html", "results.json", "timing.json")
-"""Files of a run directory beside the manifest, which is written last."""
+TOLD = ("README.md", "report.html", "results.json", "timing.json")
+"""Files in it that say something of the delta."""
+FILES = ("delta.safetensors", "past_keys.safetensors", *TOLD)
+"""All of its files but the manifest, which is written last."""
 
 
 def check_out(
@@ -93,19 +95,35 @@ def check_out(
 
 def make_room(out: Path, delta: Delta) -> None:
     """Remove what an earlier run made of another delta, its manifest first: what has none is not complete."""
+    from editunlearn.deltas.files import MANIFEST
+
+    if _holds_another(out, delta):
+        _remove(out, (MANIFEST, *FILES))
+
+
+def remove_derived(out: Path, delta: Delta) -> None:
+    """Remove what is there of another delta beside that delta itself, which can then be replaced in one step."""
+    if _holds_another(out, delta):
+        _remove(out, TOLD)
+
+
+def _holds_another(out: Path, delta: Delta) -> bool:
     from editunlearn.deltas.files import MANIFEST, load_manifest
 
     if not (out / MANIFEST).is_file():
-        return
+        return False
     try:
         there = load_manifest(out)
     except InputError:
-        there = None
-    if there is None or there.with_sites(there.sites) != delta.manifest:
-        for name in (MANIFEST, *FILES):
-            (out / name).unlink(missing_ok=True)
-        for name in DERIVED:
-            shutil.rmtree(out / name, ignore_errors=True)
+        return True
+    return there.with_sites(there.sites) != delta.manifest
+
+
+def _remove(out: Path, files: Sequence[str]) -> None:
+    for name in files:
+        (out / name).unlink(missing_ok=True)
+    for name in DERIVED:
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def finish(out: Path, delta: Delta, past: PastKeys, facts: Sequence[Fact] | None) -> None:
