@@ -6,18 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from editunlearn.hparams import pieces
 from editunlearn.hparams.fields import Layers, Piece, Whole
-from editunlearn.hparams.pieces import (
-    Chunks,
-    ContextPrefixes,
-    EditLimits,
-    Limits,
-    Merge,
-    Moments,
-    Refine,
-    Retain,
-    Value,
-)
 
 
 class MethodHParams(Piece):
@@ -25,15 +15,17 @@ class MethodHParams(Piece):
 
     method: str = Field(description="Name of the method.")
     layers: Layers = Field(default="auto", description="Blocks whose MLP output projection is edited.")
-    context_prefixes: ContextPrefixes = Field(
-        default_factory=ContextPrefixes,
+    context_prefixes: pieces.ContextPrefixes = Field(
+        default_factory=pieces.ContextPrefixes,
         description="Texts put before the prompt, so that the edit holds in context.",
     )
     seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
     batch_tokens: Whole = Field(
         default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
     )
-    limits: Limits = Field(default_factory=Limits, description="What stops a run before it ruins the model.")
+    limits: pieces.Limits = Field(
+        default_factory=pieces.Limits, description="What stops a run before it ruins the model."
+    )
     paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
 
 
@@ -45,19 +37,23 @@ class EditorHParams(MethodHParams):
         description="Token whose activation is key and value: of the subject (last_word: the last with a letter or "
         "digit, not a closing bracket or full stop), or the prompt's last.",
     )
-    merge: Merge | None = Field(default=None, description="Query merging; null: every fact has its own value and key.")
-    chunks: Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
-    limits: EditLimits = Field(default_factory=EditLimits, description="What stops a run before it ruins the model.")
-    value: Value = Field(default_factory=Value, description="How the new values are optimised.")
-    moments: Moments = Field(default_factory=Moments, description="Second moment of the keys over text.")
-    retain: Retain = Field(default_factory=Retain, description="Preservation of retain facts.")
-    refine: Refine | None = Field(
-        default_factory=Refine, description="Training after the closed form; null for the closed form alone."
+    merge: pieces.Merge | None = Field(
+        default=None, description="Query merging; null: every fact has its own value and key."
+    )
+    chunks: pieces.Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
+    limits: pieces.EditLimits = Field(
+        default_factory=pieces.EditLimits, description="What stops a run before it ruins the model."
+    )
+    value: pieces.Value = Field(default_factory=pieces.Value, description="How the new values are optimised.")
+    moments: pieces.Moments = Field(default_factory=pieces.Moments, description="Second moment of the keys over text.")
+    retain: pieces.Retain = Field(default_factory=pieces.Retain, description="Preservation of retain facts.")
+    refine: pieces.Refine | None = Field(
+        default_factory=pieces.Refine, description="Training after the closed form; null for the closed form alone."
     )
 
     @field_validator("chunks")
     @classmethod
-    def _not_merged(cls, chunks: Chunks | None, info: ValidationInfo) -> Chunks | None:
+    def _not_merged(cls, chunks: pieces.Chunks | None, info: ValidationInfo) -> pieces.Chunks | None:
         if chunks is not None and info.data.get("merge") is not None:
             raise ValueError(
                 "chunks and merge do not go together: merged facts share one value. Set one of them to null."
