@@ -1,7 +1,8 @@
-"""Registry of the closed-form editors: method name -> module, imported only when used.
+"""Registry of the editors: method name -> module, imported only when used.
 
-An editor is one file here with ``class HParams(MethodHParams)`` (its schema and defaults) and ``fit``, plus
-one row in ``METHODS`` and one file ``hparams/<method>.yaml``.
+An editor is one file here with its schema and defaults: ``class HParams(EditorHParams)`` and ``solve`` for a change of
+weights, ``class HParams(MemoryHParams)`` and ``fit`` for a memory. It has one row in ``METHODS`` and one file
+``hparams/<method>.yaml``.
 """
 
 from __future__ import annotations
