@@ -84,13 +84,10 @@ def test_known_type(model_type: str) -> None:
     assert layout.model_type == model_type
     assert layout.reason == "known model type"
     assert layout.num_layers(model) == 3
-    for name in (layout.head, layout.embed, layout.final_norm, layout.block_name(2)):
-        assert name is not None
+    for name in (layout.head, layout.embed, layout.block_name(2)):
         lay.module(model, name)
     assert lay.module(model, layout.head) is model.get_output_embeddings()
     assert lay.module(model, layout.embed) is model.get_input_embeddings()
-    if layout.mlp is not None:
-        lay.module(model, f"{layout.block_name(0)}.{layout.mlp}")
     lay.check_config(model.config)
 
     # The site is the linear map, (out, in), between what goes into it and what comes out of it.
@@ -130,35 +127,6 @@ def test_granite_scales_its_mlp_output() -> None:
         num_key_value_heads=2, vocab_size=50, residual_multiplier=0.22,
     )  # fmt: skip
     assert lay.layout_of(MODELS.from_config(config)).scales_output == pytest.approx(0.22)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "flags", "parallel"),
-    [
-        ("gptj", {}, True),
-        ("phi", {}, True),
-        ("llama", {}, False),
-        ("gpt_neox", {"use_parallel_residual": True}, True),
-        ("gpt_neox", {"use_parallel_residual": False}, False),
-        ("falcon", {"parallel_attn": False}, False),
-        ("falcon", {"parallel_attn": True}, True),
-        ("falcon", {"new_decoder_architecture": True}, True),
-    ],
-)
-def test_parallel_blocks(model_type: str, flags: dict[str, bool], parallel: bool) -> None:
-    config = tiny.config(model_type)
-    for key, value in flags.items():
-        setattr(config, key, value)
-    with torch.device("meta"):
-        model = MODELS.from_config(config)
-    assert lay.layout_of(model).parallel is parallel
-
-
-def test_opt_without_final_norm() -> None:
-    config = tiny.config("opt")
-    config.do_layer_norm_before = False
-    layout = lay.layout_of(MODELS.from_config(config))
-    assert layout.final_norm is None and layout.flattens and layout.mlp is None
 
 
 def test_gemma3_wrapper() -> None:
@@ -225,8 +193,7 @@ def test_structural_fallback() -> None:
     model = OddModel()
     layout = lay.layout_of(model)
     assert layout.site(3) == lay.Site("core.stack.3.think.narrow", 3)
-    assert (layout.mlp, layout.post_mlp_norm) == ("think", "post_mlp_norm")
-    assert (layout.final_norm, layout.head, layout.embed) == ("core.last_norm", "out", "words")
+    assert (layout.post_mlp_norm, layout.head, layout.embed) == ("post_mlp_norm", "out", "words")
     assert layout.num_layers(model) == 4
     assert "found by structure" in layout.reason and "think.narrow" in layout.reason
 
@@ -238,10 +205,8 @@ def test_structure_agrees_with_the_table(model_type: str) -> None:
     model.config.model_type = "nobody-knows"
     found = lay.layout_of(model)
     assert found.model_type == "nobody-knows"
-    for name in ("blocks", "mlp_out", "mlp", "final_norm", "head", "embed", "parallel", "scales_output"):
-        if (model_type, name) != ("phi", "parallel") and (model_type, name) != ("gptj", "parallel"):
-            assert getattr(found, name) == getattr(known, name), name
-    assert found.post_mlp_norm == known.post_mlp_norm
+    for name in ("blocks", "mlp_out", "post_mlp_norm", "head", "embed", "scales_output"):
+        assert getattr(found, name) == getattr(known, name), name
 
 
 def test_known_type_with_other_modules_goes_by_structure() -> None:
