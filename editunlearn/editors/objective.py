@@ -93,8 +93,8 @@ def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, 
 
 
 @torch.no_grad()
-def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
-    """Share of the prompts behind which greedy decoding would write the target, [0, 1].
+def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> Tensor:
+    """Of each prompt 1 if greedy decoding would write the target behind it, else 0, (rows,) float32.
 
     The first token must be the target's, and one of the others at most may differ: behind some prompts a model writes
     another apostrophe, say, which changes nothing. All tokens before are given.
@@ -110,7 +110,7 @@ def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
         right[list(part)] = ((first == 0) & (others <= 1)).float().cpu()
 
     gradient.over(rows, run)
-    return float(right.sum()) / len(rows)
+    return right
 
 
 class Keep:
