@@ -139,6 +139,8 @@ def test_the_strategy_says_where_targets_come_from() -> None:
         ("self+counterfactual", "self"),
         ("refusal+empty", "refusal"),
         ("refusal:Yes + no.+counterfactual", "refusal:Yes + no."),
+        ("refusal:I don't know.+empty", "refusal:I don't know."),
+        ("refusal:1+1.+refusal:No.+random", "refusal:1+1."),
         ("counterfactual", "counterfactual"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Trouble that input checks cannot foresee (memory, disk, damaged files, interruptions) ends with exit code 1 or 130."""
+"""Trouble that input checks cannot foresee (memory, disk, damaged files, interruptions): exit code 1 or 130."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ DEFAULT_TARGETS = "refusal:I don't know."
 """One text for all facts. A refusal chosen per fact reads less uniform, but every fact then needs a direction of its
 own, which is harder to write without harm to others."""
 SPECS = ("refusal", "refusal:TEXT", "self", "empty", "random", "counterfactual")
+_NEXT = re.compile(r"\+(?=(?:refusal|self|empty|random|counterfactual)(?:$|[:+]))")
+"""Between two strategies; a plus in the text of a refusal stands before something else."""
 
 
 def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[Fact] | None = None) -> list[Fact]:
@@ -67,8 +70,7 @@ def strategy(facts: Sequence[Fact], spec: str) -> str:
 
 def asked_with(made: str) -> str:
     """The ``spec`` that led to a strategy, which may be one of several requests: that of the first."""
-    spec = made.removesuffix("+counterfactual")
-    return spec if spec.startswith("refusal:") else spec.partition("+")[0]
+    return _NEXT.split(made, maxsplit=1)[0]
 
 
 def _chooser(facts: Sequence[Fact], spec: str, seed: int, pool: Sequence[Fact] | None) -> Callable[[Fact], str]:
