@@ -17,7 +17,7 @@ DEFAULT_TARGETS = "refusal:I don't know."
 """One text for all facts. A refusal chosen per fact reads less uniform, but every fact then needs a direction of its
 own, which is harder to write without harm to others."""
 SPECS = ("refusal", "refusal:TEXT", "self", "empty", "random", "counterfactual")
-_NEXT = re.compile(r"\+(?=(?:refusal|self|empty|random|counterfactual)(?:$|[:+]))")
+_NEXT = re.compile(rf"\+(?=(?:{'|'.join(spec for spec in SPECS if ':' not in spec)})(?:$|[:+]))")
 """Between two strategies; a plus in the text of a refusal stands before something else."""
 
 
