@@ -186,10 +186,38 @@ def test_steps_are_added_while_unseen_prompts_do_not_give_their_target() -> None
         said = list[str]()
         units = {module: torch.ones(1)}
         goals = refine.Goals(rows, [], text, unseen)
-        refine.refine(lm, factors, goals, hp, units=units, tell=said.append)
+        refine.refine(
+            lm, factors, goals, hp, units=units, kept_keys={module: torch.zeros(0, width[1])}, tell=said.append
+        )
         assert [f"after {40 + 10 * i} steps" in line for i, line in enumerate(said)] == [True] * count
         assert said[-1].endswith(f"; {30 + 10 * count} steps in all") or count == 4
         assert f"refine: {share} of unseen" in said[0]
+
+
+def test_the_change_at_kept_keys_is_relative_to_the_closed_forms() -> None:
+    draw = torch.Generator().manual_seed(0)
+    factors = {m: (torch.randn(4, 3, generator=draw), torch.randn(3, 5, generator=draw)) for m in ("a", "b", "none")}
+    keys = {"a": torch.randn(7, 5, generator=draw), "b": torch.randn(2, 5, generator=draw), "none": torch.zeros(0, 5)}
+    found = objective.AtKeptKeys(factors, keys)
+    left = {m: torch.randn(4, 3, generator=draw).requires_grad_(True) for m in factors}
+
+    def literal(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        changes = {m: (values[m] @ factors[m][1] @ keys[m].T).square().sum() for m in ("a", "b")}
+        first = {m: (factors[m][0] @ factors[m][1] @ keys[m].T).square().sum() for m in ("a", "b")}
+        return torch.stack([changes[m] / first[m] for m in changes]).mean()
+
+    assert abs(found.loss({m: pair[0].clone() for m, pair in factors.items()}, 1.0) - 1) < 1e-6
+    literal(left).backward()  # type: ignore[no-untyped-call]
+    wanted = {m: value.grad for m, value in left.items()}
+    for value in left.values():
+        value.grad = None
+    left["a"].grad = torch.ones(4, 3)
+    torch.testing.assert_close(found.loss(left, 0.5), float(literal(left).detach()))
+    for name, before in (("a", 1.0), ("b", 0.0)):
+        gradient, whole = left[name].grad, wanted[name]
+        assert gradient is not None and whole is not None
+        torch.testing.assert_close(gradient, before + 0.5 * whole)
+    assert left["none"].grad is None
 
 
 def test_largest_of_each_group() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from editunlearn.editors.column_adam import ColumnAdam
-from editunlearn.editors.objective import Gradient, Keep, forget_loss, learned
+from editunlearn.editors.objective import AtKeptKeys, Gradient, Keep, forget_loss, learned
 from editunlearn.editors.schedule import Schedule
 from editunlearn.errors import NumericalError
 from editunlearn.lm.head import Head
@@ -92,6 +92,7 @@ def refine(
     hp: Refine,
     *,
     units: dict[str, Tensor],
+    kept_keys: dict[str, Tensor],
     seed: int = 0,
     work: Workspace | None = None,
     already: Callable[[int], None] = lambda _: None,
@@ -102,13 +103,15 @@ def refine(
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
     Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
-    facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
-    Adam on all left factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end. There the
-    facts are tried in contexts that were not trained on: while greedy decoding would not give nearly all of them their
-    target, or one of them hardly ever, steps are added.
+    facts that resist get the attention) + ``hp.keeping(facts)`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL
+    on text + ``hp.kept_keys`` * the change at all keys to keep, relative to the closed form's. Adam on all left
+    factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end. There the facts are tried in
+    contexts that were not trained on: while greedy decoding would not give nearly all of them their target, or one of
+    them hardly ever, steps are added.
 
     Args:
         units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
+        kept_keys: by module, (m, d_in), what the solve was to leave alone; m may be 0.
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
         report: called with (step, steps expected, NLL, retain KL, text KL) after every step.
@@ -129,10 +132,13 @@ def refine(
         Keep(head, goals.text, gradient),
     )
 
+    at_keys = AtKeptKeys(factors, kept_keys)
+
     def change() -> AbstractContextManager[None]:
         hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
         return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
 
+    keep_weight = hp.keeping(len(goals.forget))
     schedule = Schedule(hp.planned(len(goals.forget)), hp.most(len(goals.forget)))
     if work is not None and (kept_state := work.get("refine")):
         optimiser.load(kept_state)
@@ -150,8 +156,9 @@ def refine(
             continue
         with change():
             nll = forget_loss(head, forget, gradient, hp.floor)
-        kept = retain.loss(change, kept_rows, hp.kl)
+        kept = retain.loss(change, kept_rows, keep_weight)
         text = generic.loss(change, text_rows, hp.text_kl)
+        at_keys.loss(left, hp.kept_keys)
         loss = float(nll.mean())
         if not all(map(math.isfinite, (loss, kept, text))):
             raise NumericalError(f"refine: the loss at step {step} is not finite; try a smaller refine.lr")
