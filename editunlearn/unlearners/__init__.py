@@ -1,0 +1,1 @@
+"""Unlearners: methods that train a model to forget, beside the editors."""
