@@ -143,6 +143,11 @@ class Earlier:
         from editunlearn.hparams import MemoryHParams
 
         there, memory = self.delta.manifest, isinstance(hp, MemoryHParams)
+        if there.kind == "dense":
+            raise UnsupportedError(
+                f"{self.where}: was made by {there.method}, whose change is in all of its weights and has no keys that "
+                f"{hp.method} could preserve. Merge it (export --to merged), and edit the merged model."
+            )
         other_kind = memory != (there.kind == "memory")
         if other_kind or (memory and there.method != hp.method):
             what = "a memory and a change of weights" if other_kind else "different memories"
