@@ -111,7 +111,7 @@ def forget(
         InputError: bad facts, targets or settings.
         NumericalError: a number that is not finite, or a model that would be ruined (``limits``); nothing was written.
     """
-    from editunlearn import editors
+    from editunlearn import methods
     from editunlearn.console import Console
     from editunlearn.evaluation import scoring
     from editunlearn.lm.loading import default_cache_dir
@@ -143,7 +143,7 @@ def forget(
     inputs = run_inputs(lm, request, hp, targets, past, earlier)
     work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
     with stages.timed("edit"):
-        delta, extended = editors.run(
+        delta, extended = methods.run(
             lm,
             request,
             hp,
@@ -193,7 +193,7 @@ def _check_perplexity(before: Scores | None, after: Scores, limit: float | None)
         raise NumericalError(
             f"the perplexity of held-out text rose from {before.perplexity:.4g} to {after.perplexity:.4g}, above "
             f"limits.perplexity ({limit:g} times): the edit ruins the model. Nothing was written. Ask for fewer facts, "
-            "raise moments.weight, lower value.clamp, or --set limits.perplexity=null."
+            "raise moments.weight, lower value.clamp or train.lr, or --set limits.perplexity=null."
         )
 
 
@@ -288,7 +288,7 @@ def run_inputs(
 
 def perplexity_text(lm: LM) -> list[list[int]]:
     """Windows of the held-out part of the shipped text."""
-    from editunlearn.editors.statistics import windows
+    from editunlearn.lm.windows import windows
 
     return list(windows(lm, documents("general", "heldout"), PERPLEXITY_LENGTH, 1 << 30))
 

@@ -272,7 +272,7 @@ def check_fits(manifest: BaseManifest, model: nn.Module) -> None:
     problems: list[str] = []
     for name, site in manifest.sites.items():
         try:
-            shape = _shape(model, name)
+            shape = shape_of(model, name)
         except InputError as error:
             problems.extend(error.problems)
             continue
@@ -317,7 +317,8 @@ def stored_weight(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _shape(model: nn.Module, name: str) -> tuple[int, int]:
+def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of a linear map, packed or not."""
     if quantisation(model, name) is None:
         out, inner = read_weight(model, name).shape
         return out, inner

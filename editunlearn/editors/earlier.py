@@ -140,8 +140,13 @@ class Earlier:
             UnsupportedError: a memory and a change of weights, or different memories.
             InputError: other modules, where the keys of the earlier facts are not known.
         """
-        from editunlearn.hparams import MemoryHParams
+        from editunlearn.hparams import MemoryHParams, UnlearnerHParams
 
+        if isinstance(hp, UnlearnerHParams):
+            raise UnsupportedError(
+                f"{self.where}: {hp.method} trains a model and cannot go on from a delta. Merge it (export --to "
+                "merged), and give the merged model."
+            )
         there, memory = self.delta.manifest, isinstance(hp, MemoryHParams)
         if there.kind == "dense":
             raise UnsupportedError(

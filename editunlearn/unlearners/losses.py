@@ -33,6 +33,7 @@ class Scored:
     Args:
         logits: makes the (n, vocabulary) logits, when a loss asks for them.
         nll: makes the (n,) negative log-likelihoods of the labels in nats; default: from the logits.
+        kl: makes the (n,) KL divergences from the unedited model there; default: from both logits.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Scored:
         count: int,
         logits: Callable[[], Tensor],
         nll: Callable[[], Tensor] | None = None,
+        kl: Callable[[], Tensor] | None = None,
     ) -> None:
         self.labels, self.owners, self.count = labels, owners, count
-        self._logits, self._nll = logits, nll
+        self._logits, self._nll, self._kl = logits, nll, kl
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Scored:
@@ -65,6 +67,10 @@ class Scored:
     def nll(self) -> Tensor:
         """(n,) float32, nats."""
         return self._nll() if self._nll is not None else cross_entropy(self.logits, self.labels)
+
+    def kl(self, base: Scored) -> Tensor:
+        """(n,) float32, nats: KL(base || these); ``base`` gets no gradient."""
+        return self._kl() if self._kl is not None else kl(base.logits, self.logits)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of ``values`` (n,) over each row's positions, (rows,); 0 for a row without any."""
@@ -148,7 +154,7 @@ def wide(logits: Tensor) -> Tensor:
 
 def divergence(now: Scored, base: Scored) -> Tensor:
     """Mean KL(base || now) over the row's positions."""
-    return now.mean(kl(base.logits, now.logits))
+    return now.mean(now.kl(base))
 
 
 def undial(now: Scored, base: Scored, beta: float) -> Tensor:
