@@ -23,6 +23,11 @@ FEW: dict[str, list[str]] = {
     "simnpo": ["weight=1"],
     "satimp": ["beta1=1", "retain.weight=0.05"],
     "altpo": ["alternatives=2", "tokens=4"],
+    "memflex": ["magnitude=0.5"],
+    "grin": ["fraction=0.3"],
+    "sure": ["percentile=60"],
+    "loku": ["train.lr=0.03"],
+    "task_vector": ["train.lr=0.01", "train.epochs=3"],
     "rmu": ["train.lr=0.02"],
 }
 """What a tiny model needs to forget in a few updates."""

@@ -62,6 +62,11 @@ class Earlier:
             ) from error
         if not isinstance(delta, LowRankDelta):
             return cls(delta, PastKeys(), str(where))
+        if not (where / PAST).is_file() and not delta.manifest.known_ids:
+            raise UnsupportedError(
+                f"{where}: was made by {delta.manifest.method}, which learned all facts together and has no keys that "
+                "a next edit could preserve. Merge it (export --to merged), and edit the merged model."
+            )
         if not (where / PAST).is_file():
             raise InputError(
                 f"{where}: has no {PAST}, without which a next edit would overwrite this one. Give the folder that "

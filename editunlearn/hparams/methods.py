@@ -122,6 +122,10 @@ class UnlearnerHParams(MethodHParams):
         """What is minimised."""
         raise NotImplementedError
 
+    def finished(self, updates: Any) -> Any:
+        """The method's change, made of what was learned (by module); as it is, if nothing else is said."""
+        return updates
+
 
 Located = EditorHParams | MemoryHParams
 """Settings that say at which token of a prompt to look."""

@@ -33,7 +33,7 @@ class Train(Piece):
         "raw numbers.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Does the rate stay, or fall to 0 at the end?"
+        default="constant", description="Whether the rate stays, or falls to 0 at the end."
     )
     warmup: Annotated[Real, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Share of the updates in which the rate rises from 0."

@@ -42,6 +42,11 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "rmu": "objectives.RMU",
         "random_labels": "objectives.RandomLabels",
         "adversarial_samples": "objectives.AdversarialSamples",
+        "memflex": "localised.MemFlex",
+        "grin": "localised.GRIN",
+        "sure": "localised.SURE",
+        "loku": "localised.LoKU",
+        "task_vector": "localised.TaskVector",
     }
 )
 

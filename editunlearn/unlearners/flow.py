@@ -10,7 +10,8 @@ from editunlearn.deltas.dense import make_dense
 from editunlearn.deltas.files import save
 from editunlearn.deltas.lowrank import Dense, Factors
 from editunlearn.errors import NumericalError
-from editunlearn.unlearners import parameters
+from editunlearn.unlearners import parameters, probe
+from editunlearn.unlearners.parameters import Changes
 from editunlearn.unlearners.passes import Passes
 from editunlearn.unlearners.training import Diverged, Training
 
@@ -46,13 +47,17 @@ def run(
     objective = hp.objective(lm, request)
     wanted = {"forget", *(name for term in objective.terms for name in term.pools)}
     pools = {name: make() for name, make in objective.pools.items() if name in wanted}
-    trained = parameters.of(lm, names, hp.train, hp.seed)
-    training = Training(Passes(lm, trained, pools, hp.batch_tokens), trained, objective.terms, hp, work, console)
+    where = probe.masks(lm, names, pools, hp, console)
+    trained = parameters.of(lm, [n for n in names if where is None or n in where], hp.train, hp.seed)
+    probe.begin(lm, trained, pools, hp, where, console)
+    masks = where if where is not None and isinstance(trained, Changes) else {}
+    passes = Passes(lm, trained, pools, hp.batch_tokens)
+    training = Training(passes, trained, objective.terms, hp, work, console, masks)
     try:
         training.run()
     except Diverged as error:
-        raise NumericalError(_kept(error, lm, trained, work, about)) from error
-    delta = delta_of(lm, trained.updates(), about)
+        raise NumericalError(_kept(error, lm, hp, trained, work, about)) from error
+    delta = delta_of(lm, hp.finished(trained.updates()), about)
     check_norm(delta, hp.limits.norm)
     return delta
 
@@ -69,7 +74,9 @@ def delta_of(
     return make_delta(lm, factors, columns=shared, **about)
 
 
-def _kept(error: Diverged, lm: LM, trained: Trained, work: Workspace, about: Mapping[str, Any]) -> str:
+def _kept(
+    error: Diverged, lm: LM, hp: UnlearnerHParams, trained: Trained, work: Workspace, about: Mapping[str, Any]
+) -> str:
     """What to say of a training that diverged, with its last good state saved if there is where."""
     if error.good is None:
         return f"{error.reason} Nothing was learned before that, and nothing was written."
@@ -78,7 +85,7 @@ def _kept(error: Diverged, lm: LM, trained: Trained, work: Workspace, about: Map
     for name, value in trained.values.items():
         value.data.copy_(error.good[name])
     where = work.folder / LAST_GOOD
-    save(delta_of(lm, trained.updates(), about), where)
+    save(delta_of(lm, hp.finished(trained.updates()), about), where)
     return (
         f"{error.reason} What it was after update {error.updates}, which was still well, is the delta {where}: "
         f"look at it with editunlearn evaluate --delta {where}."

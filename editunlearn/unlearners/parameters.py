@@ -45,7 +45,7 @@ def trained_modules(model: nn.Module, layout: Layout, hp: UnlearnerHParams) -> t
             f"A block has {', '.join(known)}."
         )
     chosen = [name for name in inside if not ends or any(_ends(name, end) for end in ends)]
-    return chosen, why
+    return chosen, f"auto: {len(layers)} of {count} blocks" if hp.layers == "auto" else why
 
 
 def _ends(name: str, end: str) -> bool:
