@@ -265,11 +265,14 @@ def run_inputs(
     from editunlearn import __version__
     from editunlearn.artifacts import sha256_file
     from editunlearn.editors.moments import tokenizer_hash
-    from editunlearn.hparams import EditorHParams, resolved
+    from editunlearn.hparams import EditorHParams, Keeping, resolved
     from editunlearn.lm.fingerprint import model_fingerprint
 
     parts = (request.facts, request.retain, request.general, request.names, request.earlier)
-    text = hp.moments.text if isinstance(hp, EditorHParams) else "none"
+    retain = getattr(hp, "retain", None)
+    text = retain.text if isinstance(retain, Keeping) and retain.data == "text" else "none"
+    if isinstance(hp, EditorHParams):
+        text = hp.moments.text
     return {
         "version": __version__,
         "torch": str(torch.__version__),

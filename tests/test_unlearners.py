@@ -203,6 +203,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         assert (f"training: going on after {at - 1} updates" in said) == (at > 1)
 
 
+def test_the_text_that_is_kept_is_part_of_what_a_run_depends_on(tmp_path: Path) -> None:
+    from editunlearn.pipeline import run_inputs
+
+    path, found = tmp_path / "text.txt", []
+    for words in ("one two", "one three"):
+        path.write_text(words)
+        hp = settings("graddiff", f"retain={{data: text, text: '{path}'}}")
+        found.append(run_inputs(lm(), ASKED, hp, "refusal", None))
+    assert found[0] != found[1]
+    facts = settings("graddiff", f"retain.text='{path}'")
+    assert run_inputs(lm(), ASKED, facts, "refusal", None)["text"] == "none"
+
+
 def test_stops_when_enough_is_forgotten() -> None:
     model, said = lm(), list[str]()
     console = Console(quiet=True)

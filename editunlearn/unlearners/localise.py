@@ -26,7 +26,8 @@ def gradient_ratio(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], e
 
 def largest(scores: Mapping[str, Tensor], share: float) -> Masks:
     """The entries with the largest scores, ``share`` of all entries together, at least one."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
+    here = next(iter(scores.values())).device  # a model may be spread over several
+    flat = torch.cat([score.flatten().to(here) for score in scores.values()])
     count = max(1, round(share * flat.numel()))
     chosen = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     chosen[flat.topk(count, sorted=False).indices] = True
@@ -64,16 +65,17 @@ def region(
 
 def at_random(masks: Mapping[str, Tensor], seed: int) -> Masks:
     """As many entries of the masks, rows or whole matrices, drawn from all of them: the control of a localisation."""
-    flat = torch.cat([mask.flatten() for mask in masks.values()])
+    flat = torch.cat([mask.flatten().cpu() for mask in masks.values()])
     draw = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[torch.randperm(flat.numel(), generator=draw)[: int(flat.sum())]] = True
-    return _divided(chosen.to(flat.device), masks)
+    return _divided(chosen, masks)
 
 
 def _divided(flat: Tensor, like: Mapping[str, Tensor]) -> Masks:
     pieces = torch.split(flat, [score.numel() for score in like.values()])
-    return {name: piece.reshape(score.shape) for (name, score), piece in zip(like.items(), pieces, strict=True)}
+    pairs = zip(like.items(), pieces, strict=True)
+    return {name: piece.reshape(score.shape).to(score.device) for (name, score), piece in pairs}
 
 
 def chosen(masks: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -66,8 +66,8 @@ class Changes:
         base = {name: read_weight(lm.model, name) for name in names}
         self.values = {name: torch.zeros(w.shape, device=w.device) for name, w in base.items()}
         self.units = {name: frobenius(weight) / math.sqrt(weight.numel()) for name, weight in base.items()}
-        self._stored = {name: module(lm.model, name)._parameters["weight"] for name in names}
-        self._live = {name: nn.Parameter(own.detach().clone()) for name, own in self._stored.items() if own is not None}
+        own = {name: module(lm.model, name)._parameters["weight"] for name in names}
+        self._live = {name: nn.Parameter(weight.detach().clone()) for name, weight in own.items() if weight is not None}
         self._turned = {name: is_transposed(lm.model, name) for name in names}
 
     @property

@@ -130,7 +130,7 @@ class Training:
                     if self._enough(epoch):
                         why = f"enough is forgotten after {epoch + 1} epochs (stop.probability)"
                         break
-        self.console.info(f"training: {self.done} updates; {why}")
+        self.console.info(f"training: {self.done} updates on {self.tokens:,} tokens; {why}")
         return Ended(self.done, why, self._means(), self.tokens)
 
     # --- one update
