@@ -445,7 +445,7 @@ def test_registry_of_all_methods() -> None:
 def test_what_is_trained_is_checked() -> None:
     with pytest.raises(InputError, match="train.modules is .*needs the ends of some names"):
         load_hparams("npo", set=["train.what=modules"])
-    with pytest.raises(InputError, match="`what: full` trains all"):
+    with pytest.raises(InputError, match="`what: full` all are trained"):
         load_hparams("npo", set=["train.modules=[mlp.down_proj]"])
     assert load_hparams({"method": "kl", "retain": {"weight": 3.0}}).retain.loss == "kl"  # type: ignore[attr-defined]
 
