@@ -78,7 +78,6 @@ class Training:
     work: Workspace
     console: Console
     masks: Mapping[str, Tensor] = field(default_factory=dict)
-    name: str = STATE
 
     def __post_init__(self) -> None:
         train, pools = self.hp.train, self.passes.pools
@@ -296,13 +295,13 @@ class Training:
             own = self.adam.state.get(value, {})
             state[f"value.{name}"] = value
             state |= {f"adam.{key}.{name}": tensor for key, tensor in own.items()}
-        self.work.put(self.name, state)
+        self.work.put(STATE, state)
         self._saved = time.monotonic()
         self._writing = self._saved - began
 
     @torch.no_grad()
     def _resume(self) -> None:
-        state = self.work.get(self.name)
+        state = self.work.get(STATE)
         if state is None:
             return
         self.done, self.tokens = int(state["done"]), int(state["tokens"])
