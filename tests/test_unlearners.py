@@ -260,7 +260,7 @@ def test_numbers_that_are_not_finite_stop_the_training(what: str, tmp_path: Path
         return found * math.nan if what == "loss" else found + (now.nll.sum() * 0).sqrt()
 
     monkeypatch.setattr(losses, "ascent", breaks)
-    hp = settings("ga", "train.batch=3")
+    hp = settings("ga", "train.batch=3", "train.epochs=6")
     with pytest.raises(NumericalError, match=f"{what} is n.*t? ?finite|loss is nan.*update 4") as e:
         methods.fit(lm(), ASKED, hp, work=Workspace(tmp_path, {}))
     assert "after update 3" in str(e.value)

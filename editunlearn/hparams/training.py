@@ -26,7 +26,7 @@ class Train(Piece):
     alpha: Real = Field(default=16.0, gt=0, description="A LoRA counts alpha / rank times.")
     epochs: Whole = Field(default=10, ge=1, description="Times that every fact is trained on.")
     batch: Whole = Field(default=16, ge=1, description="Facts of one update.")
-    lr: Real = Field(default=0.001, gt=0, description="Learning rate of AdamW, in units of `scale`.")
+    lr: Real = Field(default=0.0003, gt=0, description="Learning rate of AdamW, in units of `scale`.")
     scale: Literal["relative", "absolute"] = Field(
         default="relative",
         description="Measure lr in units of each weight's root mean square, so that one number fits all models, or in "
