@@ -24,6 +24,7 @@ from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
+    from editunlearn.deltas.dense import DenseDelta
     from editunlearn.deltas.kinds import Delta
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.manifest import BaseModelRecord
@@ -165,7 +166,7 @@ def _check_base(args: argparse.Namespace, made_on: BaseModelRecord) -> None:
     check_model(args)
 
 
-def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+def _merged(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir, atomic_write_text
     from editunlearn.deltas.card import model_card
     from editunlearn.deltas.gain import gain_warnings
@@ -189,7 +190,7 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> 
     console.next_step(try_command(args.out))
 
 
-def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+def _lora(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir, atomic_write_text
     from editunlearn.deltas.card import model_card
     from editunlearn.deltas.lora import RANKS, export_lora
@@ -222,6 +223,7 @@ def _past_keys(folders: Sequence[Path]) -> PastKeys:
 def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir
     from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.memory import MemoryDelta
     from editunlearn.editors.earlier import Earlier
 
     past = _past_keys([args.delta, *args.compose])
@@ -231,7 +233,7 @@ def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     shape = {"rank": delta.rank} if isinstance(delta, LowRankDelta) else {"entries": delta.count}
     sites = len(delta.manifest.sites)
     console.result_json({"facts": delta.manifest.fact_count, "sites": sites, **shape})
-    if isinstance(delta, LowRankDelta):
+    if not isinstance(delta, MemoryDelta):
         merged = args.out / "merged"
         console.next_step(["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(merged)])
 

@@ -106,7 +106,7 @@ def forget(
         InputError: bad facts, targets or settings.
         NumericalError: a number that is not finite, or a model that would be ruined (``limits``); nothing was written.
     """
-    from editunlearn import editors
+    from editunlearn import methods
     from editunlearn.console import Console
     from editunlearn.evaluation import scoring
     from editunlearn.lm.loading import default_cache_dir
@@ -137,7 +137,7 @@ def forget(
     inputs = run_inputs(lm, request, hp, targets, past, earlier)
     work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
     with stages.timed("edit"):
-        delta, extended = editors.run(
+        delta, extended = methods.run(
             lm,
             request,
             hp,
@@ -196,7 +196,7 @@ def _check_perplexity(before: Scores | None, after: Scores, limit: float | None)
         raise NumericalError(
             f"the perplexity of held-out text rose from {before.perplexity:.4g} to {after.perplexity:.4g}, above "
             f"limits.perplexity ({limit:g} times): the edit ruins the model. Nothing was written. Ask for fewer facts, "
-            "raise moments.weight, lower value.clamp, or --set limits.perplexity=null."
+            "raise moments.weight, lower value.clamp or train.lr, or --set limits.perplexity=null."
         )
 
 
@@ -235,11 +235,14 @@ def run_inputs(
     from editunlearn import __version__
     from editunlearn.artifacts import sha256_file
     from editunlearn.editors.moments import tokenizer_hash
-    from editunlearn.hparams import EditorHParams, resolved
+    from editunlearn.hparams import EditorHParams, Keeping, resolved
     from editunlearn.lm.fingerprint import model_fingerprint
 
     parts = (request.facts, request.retain, request.general, request.names, request.earlier)
-    text = hp.moments.text if isinstance(hp, EditorHParams) else "none"
+    retain = getattr(hp, "retain", None)
+    text = retain.text if isinstance(retain, Keeping) and retain.data == "text" else "none"
+    if isinstance(hp, EditorHParams):
+        text = hp.moments.text
     return {
         "version": __version__,
         "torch": str(torch.__version__),
@@ -258,7 +261,7 @@ def run_inputs(
 
 def perplexity_text(lm: LM) -> list[list[int]]:
     """Windows of the held-out part of the shipped text."""
-    from editunlearn.editors.statistics import windows
+    from editunlearn.lm.windows import windows
 
     return list(windows(lm, documents("general", "heldout"), PERPLEXITY_LENGTH, 1 << 30))
 

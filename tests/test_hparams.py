@@ -11,9 +11,9 @@ from edits import CLOSED_FORM
 from hparams_files import problem, write
 from pydantic import BaseModel, ValidationError
 
-from editunlearn import editors
+from editunlearn import editors, methods, unlearners
 from editunlearn.errors import InputError
-from editunlearn.hparams import MethodHParams, Piece, Value, describe, load_hparams, resolved
+from editunlearn.hparams import MethodHParams, Piece, UnlearnerHParams, Value, describe, load_hparams, resolved
 from editunlearn.resources import shipped_names
 
 MODEL_TYPES = (None, "gpt2", "gptj", "gpt_neox", "llama", "qwen2", "mistral", "gemma3_text")
@@ -21,13 +21,23 @@ MODEL_TYPES = (None, "gpt2", "gptj", "gpt_neox", "llama", "qwen2", "mistral", "g
 
 # --- what is shipped ---
 
+RECIPES = {
+    "anyedit": "memit",
+    "paper/anyedit": "memit",
+    "seven/gradient_ascent": "ga",
+    "seven/ascent_descent_general": "graddiff",
+    "seven/ascent_descent_in_distribution": "graddiff",
+    "seven/ascent_kl_general": "kl",
+    "seven/ascent_kl_in_distribution": "kl",
+}
+"""Settings of a method under a name of their own."""
+
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("name", shipped_names("hparams"))
 def test_every_shipped_file_loads_for_every_model_type(name: str, model_type: str | None) -> None:
     hp = load_hparams(name, model_type=model_type)
-    recipes = {"anyedit": "memit"}  # settings of a method under a name of their own
-    assert hp.method == recipes.get(Path(name).stem, Path(name).stem)
+    assert hp.method == RECIPES.get(name.removesuffix(".yaml"), Path(name).stem)
     assert load_hparams(resolved(hp)) == hp
 
 
@@ -210,8 +220,8 @@ def pieces(model: type[BaseModel] = Piece) -> list[type[BaseModel]]:
 
 
 def test_every_field_has_a_one_sentence_description() -> None:
-    for method in editors.names():
-        editors.schema(method)
+    for method in methods.names():
+        methods.schema(method)
     for model in pieces():
         for name, field in model.model_fields.items():
             assert field.description and field.description.endswith("."), f"{model.__name__}.{name}"
@@ -249,6 +259,24 @@ def test_registry() -> None:
         editors.schema("zzz")
 
 
+def test_registry_of_all_methods() -> None:
+    assert methods.names() == [*editors.names(), *unlearners.names()] and len(set(methods.names())) >= 25
+    for method in unlearners.names():
+        schema = methods.schema(method)
+        assert issubclass(schema, UnlearnerHParams) and schema().method == method  # type: ignore[call-arg]
+        assert load_hparams(method).paper, f"hparams/{method}.yaml"
+    with pytest.raises(InputError, match="unknown method 'nop'. Did you mean 'npo'.*memit.*simnpo"):
+        methods.schema("nop")
+
+
+def test_what_is_trained_is_checked() -> None:
+    with pytest.raises(InputError, match="train.modules is .*needs the ends of some names"):
+        load_hparams("npo", set=["train.what=modules"])
+    with pytest.raises(InputError, match="`what: full` all are trained"):
+        load_hparams("npo", set=["train.modules=[mlp.down_proj]"])
+    assert load_hparams({"method": "kl", "retain": {"weight": 3.0}}).retain.loss == "kl"  # type: ignore[attr-defined]
+
+
 def test_defaults_of_the_methods() -> None:
     defaults = {method: resolved(editors.schema(method)()) for method in editors.names()}  # type: ignore[call-arg]
     assert {method: hp["ridge"] for method, hp in defaults.items() if "ridge" in hp} == {"memit": 1, "emmet": 0.1}
@@ -260,7 +288,7 @@ def test_defaults_of_the_methods() -> None:
 def test_loading_settings_imports_nothing_heavy() -> None:
     code = (
         "import sys; from editunlearn.hparams import load_hparams; from editunlearn import console; "
-        "load_hparams('memit'); "
+        "load_hparams('memit'), load_hparams('npo'), load_hparams('rmu'); "
         "print({'torch', 'transformers', 'datasets', 'numpy', 'rich', 'tqdm'} & set(sys.modules))"
     )
     root = Path(__file__).parent.parent

@@ -313,7 +313,7 @@ def test_a_relative_threshold_does_not_depend_on_the_scale() -> None:
 def test_statistics_and_edits_stay_on_the_device_of_their_rows() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from editunlearn.editors.refine import low_rank_hook
+    from editunlearn.lm.hooks import low_rank_hook
 
     with FakeTensorMode(allow_non_fake_inputs=True):  # checks devices without having them
         rows = torch.empty(10, 4, device="cuda", dtype=torch.float16)

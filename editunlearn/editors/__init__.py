@@ -183,9 +183,16 @@ def _sites(lm: LM, hp: MethodHParams) -> list[str]:
 
 def check_past(hp: MethodHParams, past: PastKeys | None) -> None:
     """Raises InputError when there are keys of earlier edits that this method has no use for."""
-    from editunlearn.hparams import MemoryHParams
+    from editunlearn.hparams import MemoryHParams, UnlearnerHParams
 
-    if isinstance(hp, MemoryHParams) and past is not None and past.keys:
+    if past is None or not past.keys:
+        return
+    if isinstance(hp, UnlearnerHParams):
+        raise InputError(
+            f"{hp.method} trains weights and knows no keys that it could preserve: leave --past out, merge the earlier "
+            "edit, and give its facts as well."
+        )
+    if isinstance(hp, MemoryHParams):
         raise InputError(
             f"{hp.method} changes no weights, so that it cannot disturb the keys of earlier edits: leave --past out. "
             "To go on with an earlier memory, give --continue its folder."

@@ -1,13 +1,19 @@
-"""Settings that all methods of a kind have: those that change weights, and those that put a memory beside them."""
+"""Settings that all methods of a kind have: editors of weights, memories beside them, unlearners that train."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from editunlearn.hparams import pieces
 from editunlearn.hparams.fields import Layers, Piece, Whole
+from editunlearn.hparams.training import Stop, Train
+
+if TYPE_CHECKING:
+    from editunlearn.facts.records import ForgetRequest
+    from editunlearn.lm.loading import LM
+    from editunlearn.unlearners.terms import Objective
 
 
 class MethodHParams(Piece):
@@ -15,10 +21,6 @@ class MethodHParams(Piece):
 
     method: str = Field(description="Name of the method.")
     layers: Layers = Field(default="auto", description="Blocks whose MLP output projection is edited.")
-    context_prefixes: pieces.ContextPrefixes = Field(
-        default_factory=pieces.ContextPrefixes,
-        description="Texts put before the prompt, so that the edit holds in context.",
-    )
     seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
     batch_tokens: Whole = Field(
         default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
@@ -29,7 +31,16 @@ class MethodHParams(Piece):
     paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
 
 
-class EditorHParams(MethodHParams):
+class InContextHParams(MethodHParams):
+    """What every editor has."""
+
+    context_prefixes: pieces.ContextPrefixes = Field(
+        default_factory=pieces.ContextPrefixes,
+        description="Texts put before the prompt, so that the edit holds in context.",
+    )
+
+
+class EditorHParams(InContextHParams):
     """What every closed-form editor has; a method's own schema adds to it and sets the defaults."""
 
     subject_token: Literal["last_word", "last", "first", "prompt_last"] = Field(
@@ -67,7 +78,7 @@ def _one_layer(value: Any) -> Any:
     return value
 
 
-class MemoryHParams(MethodHParams):
+class MemoryHParams(InContextHParams):
     """What every method has that puts a memory beside one layer and leaves the weights alone."""
 
     layers: Annotated[Layers, AfterValidator(_one_layer)] = Field(
@@ -86,6 +97,29 @@ class MemoryHParams(MethodHParams):
     def training_steps(self) -> int:
         """Times that a fact is trained on, at most."""
         raise NotImplementedError
+
+
+class UnlearnerHParams(MethodHParams):
+    """What every method has that trains the model to forget."""
+
+    layers: Layers = Field(default="auto", description="Blocks whose linear maps are trained; auto: all.")
+    train: Train = Field(default_factory=Train, description="What is trained, and how.")
+    stop: Stop | None = Field(default=None, description="When enough is forgotten; null: after all epochs.")
+    limits: pieces.ChangeLimits = Field(
+        default_factory=pieces.ChangeLimits, description="What stops a run before it ruins the model."
+    )
+
+    def auto_layers(self, count: int) -> list[int]:
+        """What ``layers: auto`` stands for in a model of that many blocks."""
+        return list(range(count))
+
+    def objective(self, lm: LM, request: ForgetRequest) -> Objective:
+        """What is minimised."""
+        raise NotImplementedError
+
+    def finished(self, updates: Any) -> Any:
+        """The method's change, made of what was learned (by module); as it is, if nothing else is said."""
+        return updates
 
 
 Located = EditorHParams | MemoryHParams
