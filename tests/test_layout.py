@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, pytorch_utils
 
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm import layout as lay
+from editunlearn.lm.hooks import on_output, stack
 
 CONV1D: Any = pytorch_utils.Conv1D
 MODELS: Any = AutoModelForCausalLM
@@ -124,6 +125,22 @@ def test_output_reaches_the_residual_stream_as_the_layout_says(model_type: str) 
         assert not torch.allclose(through_norm, moved, atol=1e-2)
 
 
+@pytest.mark.parametrize("model_type", [*tiny.TYPES, *MORE_TYPES])
+def test_tokens_see_each_other_through_attn_out_alone(model_type: str) -> None:
+    model = any_model(model_type)
+    layout = lay.layout_of(model)
+    names = [layout.attention_name(layer) for layer in range(3)]
+    one, other = torch.tensor([[0, 10, 11, 12]]), torch.tensor([[0, 40, 41, 12]])
+
+    def apart() -> float:
+        with torch.no_grad():
+            return float((model(one).logits - model(other).logits)[0, -1].abs().max())
+
+    assert apart() > 1e-3
+    with stack([on_output(lay.module(model, str(name)), lambda _, out: torch.zeros_like(out)) for name in names]):
+        assert apart() < 1e-6
+
+
 def test_granite_scales_its_mlp_output() -> None:
     config = AutoConfig.for_model(
         "granite", hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
@@ -226,6 +243,7 @@ def test_structural_fallback() -> None:
     layout = lay.layout_of(model)
     assert layout.site(3) == lay.Site("core.stack.3.think.narrow", 3)
     assert (layout.mlp, layout.post_mlp_norm) == ("think", "post_mlp_norm")
+    assert layout.attention_name(1) == "core.stack.1.attention.out"
     assert (layout.final_norm, layout.head, layout.embed) == ("core.last_norm", "out", "words")
     assert layout.num_layers(model) == 4
     assert "found by structure" in layout.reason and "think.narrow" in layout.reason
@@ -238,7 +256,7 @@ def test_structure_agrees_with_the_table(model_type: str) -> None:
     model.config.model_type = "nobody-knows"
     found = lay.layout_of(model)
     assert found.model_type == "nobody-knows"
-    for name in ("blocks", "mlp_out", "mlp", "final_norm", "head", "embed", "parallel", "scales_output"):
+    for name in ("blocks", "mlp_out", "mlp", "attn_out", "final_norm", "head", "embed", "parallel", "scales_output"):
         if (model_type, name) != ("phi", "parallel") and (model_type, name) != ("gptj", "parallel"):
             assert getattr(found, name) == getattr(known, name), name
     assert found.post_mlp_norm == known.post_mlp_norm

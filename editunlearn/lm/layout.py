@@ -46,10 +46,11 @@ class Site:
 class Layout:
     """Module names of one model, and what happens to the MLP output before it reaches the residual stream.
 
-    ``mlp_out``, ``mlp`` and ``post_mlp_norm`` are relative to a block, all other names to the model; None
-    where the model has no such module.
+    ``mlp_out``, ``mlp``, ``attn_out`` and ``post_mlp_norm`` are relative to a block, all other names to the model;
+    None where the model has no such module.
 
     Attributes:
+        attn_out: last linear map of a block's attention. Nothing edits it; tracing reads and restores its output.
         post_mlp_norm: norm that the MLP output passes before it is added to the residual stream.
         scales_output: factor on the MLP output when it is added to the residual stream (Granite).
         parallel: attention and MLP read the same input: block output = input + attention + MLP.
@@ -63,6 +64,7 @@ class Layout:
     blocks: str = "model.layers"
     mlp_out: str = "mlp.down_proj"
     mlp: str | None = "mlp"
+    attn_out: str | None = "self_attn.o_proj"
     post_mlp_norm: str | None = None
     final_norm: str | None = "model.norm"
     head: str = "lm_head"
@@ -88,6 +90,10 @@ class Layout:
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """The MLP output projections of several blocks, in the given order."""
         return [self.site(layer) for layer in layers]
+
+    def attention_name(self, layer: int) -> str | None:
+        """Full name of the output projection of a block's attention; None where it is not known."""
+        return None if self.attn_out is None else f"{self.block_name(layer)}.{self.attn_out}"
 
     def post_norm_name(self, layer: int) -> str | None:
         """Full name of the norm between the MLP output and the residual stream; None where there is none."""
@@ -129,6 +135,7 @@ def _table() -> dict[str, Layout]:
         "gpt2",
         blocks="transformer.h",
         mlp_out="mlp.c_proj",
+        attn_out="attn.c_proj",
         final_norm="transformer.ln_f",
         embed="transformer.wte",
     )
@@ -141,12 +148,13 @@ def _table() -> dict[str, Layout]:
             embed="model.language_model.embed_tokens",
         ),
         Layout("starcoder2", mlp_out="mlp.c_proj"),
-        Layout("phi", mlp_out="mlp.fc2", final_norm="model.final_layernorm"),
+        Layout("phi", mlp_out="mlp.fc2", attn_out="self_attn.dense", final_norm="model.final_layernorm"),
         Layout(
             "opt",
             blocks="model.decoder.layers",
             mlp_out="fc2",
             mlp=None,
+            attn_out="self_attn.out_proj",
             final_norm="model.decoder.final_layer_norm",
             embed="model.decoder.embed_tokens",
             flattens=True,
@@ -155,29 +163,38 @@ def _table() -> dict[str, Layout]:
             "gpt_neox",
             blocks="gpt_neox.layers",
             mlp_out="mlp.dense_4h_to_h",
+            attn_out="attention.dense",
             final_norm="gpt_neox.final_layer_norm",
             head="lm_head",
             embed="gpt_neox.embed_in",
         ),
         gpt2,
-        replace(gpt2, model_type="gpt_neo"),
+        replace(gpt2, model_type="gpt_neo", attn_out="attn.attention.out_proj"),
         replace(gpt2, model_type="gpt_bigcode"),
-        replace(gpt2, model_type="gptj", mlp_out="mlp.fc_out"),
-        replace(gpt2, model_type="codegen", mlp_out="mlp.fc_out"),
+        replace(gpt2, model_type="gptj", mlp_out="mlp.fc_out", attn_out="attn.out_proj"),
+        replace(gpt2, model_type="codegen", mlp_out="mlp.fc_out", attn_out="attn.out_proj"),
         replace(
             gpt2,
             model_type="bloom",
             mlp_out="mlp.dense_4h_to_h",
+            attn_out="self_attention.dense",
             embed="transformer.word_embeddings",
             mlp_adds_residual=True,
         ),
-        replace(gpt2, model_type="falcon", mlp_out="mlp.dense_4h_to_h", embed="transformer.word_embeddings"),
+        replace(
+            gpt2,
+            model_type="falcon",
+            mlp_out="mlp.dense_4h_to_h",
+            attn_out="self_attention.dense",
+            embed="transformer.word_embeddings",
+        ),
         replace(
             gpt2,
             model_type="mpt",
             blocks="transformer.blocks",
             mlp_out="ffn.down_proj",
             mlp="ffn",
+            attn_out="attn.out_proj",
             final_norm="transformer.norm_f",
         ),
     ]
@@ -313,9 +330,10 @@ def _by_structure(model: nn.Module, config: Any, kind: str) -> Layout:
 def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
     """What differs between checkpoints of one model type."""
     multiplier = getattr(text_config(config), "residual_multiplier", None) if config is not None else None
-    post = row.post_norm_name(0)
+    post, attention = row.post_norm_name(0), row.attention_name(0)
     return replace(
         row,
+        attn_out=row.attn_out if attention and find(model, attention) else None,
         parallel=row.parallel or any(bool(getattr(config, key, False)) for key in _PARALLEL_KEYS),
         scales_output=float(multiplier) if isinstance(multiplier, (int, float)) else row.scales_output,
         head=row.head if find(model, row.head) else str(output_head(model)),

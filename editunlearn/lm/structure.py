@@ -18,6 +18,7 @@ class Found:
 
     blocks: str
     mlp_out: str
+    attn_out: str | None
     post_mlp_norm: str | None
     final_norm: str | None
     head: str
@@ -78,6 +79,7 @@ def search(model: nn.Module, hidden: int) -> Found:
     return Found(
         blocks=blocks_name,
         mlp_out=mlp_out,
+        attn_out=_attn_out(blocks[0], hidden),
         post_mlp_norm=post[-1] if post else None,
         final_norm=f"{dot}{norms[-1]}" if norms else None,
         head=head,
@@ -110,6 +112,13 @@ def _mlp_out(block: nn.Module, hidden: int) -> str | None:
         if way_in and (best is None or inner >= best[0]):
             best = (inner, name)
     return best[1] if best else None
+
+
+def _attn_out(block: nn.Module, hidden: int) -> str | None:
+    """The last linear map of the attention, which leads back to the hidden size."""
+    linear = [(name, width) for name, child in block.named_modules() if (width := _width(child)) is not None]
+    found = [name for name, (_, outer) in linear if outer == hidden and "att" in name.lower()]
+    return found[-1] if found else None
 
 
 def output_head(model: nn.Module) -> str | None:
