@@ -92,20 +92,39 @@ def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") 
         if subject_token != "prompt_last":
             raise ValueError(f"the tokens of {prompt.text!r} are given; {subject_token!r} cannot be found among them")
         return list(prompt.ids), len(prompt.ids) - 1
-    encoded = lm.tokenizer(prompt.text, add_special_tokens=not prompt.templated, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    ids, offsets = _without_eos(lm, ids, offsets)
+    ids, offsets = _with_offsets(lm, prompt)
     if subject_token == "prompt_last":
         return ids, len(ids) - 1
-    start, end = prompt.subject
-    inside = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
-    if not inside:
-        raise InputError(f"no token of {prompt.text!r} covers its subject {prompt.text[start:end]!r}")
+    inside = _inside(prompt, offsets)
     if subject_token == "last_word":
+        start, end = prompt.subject
         own = [prompt.text[max(offsets[i][0], start) : min(offsets[i][1], end)] for i in inside]
         words = [i for i, text in zip(inside, own, strict=True) if any(c.isalnum() for c in text)]
         return ids, (words or inside)[-1]
     return ids, inside[-1] if subject_token == "last" else inside[0]
+
+
+def subject_tokens(lm: LM, prompt: Prompt) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and the indices of all tokens of its subject.
+
+    Raises:
+        InputError: the tokenizer gives no token for the subject.
+    """
+    ids, offsets = _with_offsets(lm, prompt)
+    return ids, _inside(prompt, offsets)
+
+
+def _with_offsets(lm: LM, prompt: Prompt) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = lm.tokenizer(prompt.text, add_special_tokens=not prompt.templated, return_offsets_mapping=True)
+    return _without_eos(lm, list(encoded["input_ids"]), encoded["offset_mapping"])
+
+
+def _inside(prompt: Prompt, offsets: list[tuple[int, int]]) -> list[int]:
+    start, end = prompt.subject
+    inside = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
+    if not inside:
+        raise InputError(f"no token of {prompt.text!r} covers its subject {prompt.text[start:end]!r}")
+    return inside
 
 
 def _without_eos(lm: LM, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
