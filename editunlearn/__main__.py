@@ -13,6 +13,7 @@ from editunlearn.naming import did_you_mean
 COMMANDS = {
     "apply": "edit a model so that it forgets facts, and measure it",
     "stats": "measure second moments of a model ahead of time",
+    "locate": "find the states that carry facts, by causal tracing; measure edits layer by layer",
     "evaluate": "measure models and deltas with benchmarks, also under quantisation",
     "report": "put evaluations side by side on one page",
     "export": "turn a saved delta into a LoRA adapter, a merged model, or a delta without some facts",

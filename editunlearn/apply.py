@@ -167,7 +167,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if earlier is not None:
         checks.run(lambda: _check_earlier(args, earlier, out))
         divided = checks.run(lambda: earlier.divide(filled)) if filled else None
-        if hp is not None and config is not None:
+        if hp is not None and config is not None and hp.layers != "located":  # those are known with the weights
             checks.run(lambda: earlier.check_method(hp, [s.name for s in target(config, hp).sites]))
     checks.run(lambda: check_writable(out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))

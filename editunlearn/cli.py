@@ -52,11 +52,15 @@ def add_model_flags(p: argparse.ArgumentParser, default: str | None = "demo", de
     )
 
 
-def add_hparams_flags(p: argparse.ArgumentParser) -> None:
-    """--hparams and what changes them."""
+def add_hparams_flags(p: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--hparams and what changes them; required when there is no default."""
     group = p.add_argument_group("method")
     group.add_argument(
-        "--hparams", required=True, metavar="FILE|NAME", help="a file, or a shipped name: memit, paper/rome, ..."
+        "--hparams",
+        required=default is None,
+        default=default,
+        metavar="FILE|NAME",
+        help="a file, or a shipped name: memit, paper/rome, ..." + (f" (default: {default})" if default else ""),
     )
     group.add_argument("--hparams-format", choices=("editunlearn", "easyedit"), default="editunlearn")
     group.add_argument(

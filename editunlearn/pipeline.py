@@ -113,12 +113,16 @@ def forget(
     """
     from editunlearn import editors
     from editunlearn.console import Console
+    from editunlearn.editors import located
     from editunlearn.evaluation import scoring
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.workspace import Workspace
 
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
+    hp, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
+    if why:
+        console.info(f"layers: {hp.layers} ({why})")
     filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
     again: list[Fact] = []
     if earlier is not None:

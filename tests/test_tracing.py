@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from edits import TAUGHT, fact
+from edits import fact
 
 from editunlearn.console import Console
-from editunlearn.tracing import averages, effects, restore
-from editunlearn.tracing.prompts import ROLES, TracedPrompt, embedding_spread, noise_for, traced
+from editunlearn.tracing import effects
+from editunlearn.tracing.prompts import TracedPrompt, noise_for, traced
 from editunlearn.tracing.states import KINDS, Tracer
 
 QUIET = Console(quiet=True)

@@ -24,7 +24,11 @@ class MethodHParams(Piece):
     """What every method has."""
 
     method: str = Field(description="Name of the method.")
-    layers: Layers = Field(default="auto", description="Blocks whose MLP output projection is edited.")
+    layers: Layers = Field(
+        default="auto",
+        description="Blocks whose MLP output projection is edited. auto: by depth, the same for every model. located: "
+        "as many neighbours, where `editunlearn locate` found the largest effects in these very weights.",
+    )
     context_prefixes: ContextPrefixes = Field(
         default_factory=ContextPrefixes,
         description="Texts put before the prompt, so that the edit holds in context.",

@@ -362,7 +362,8 @@ def resolve_layers(
     """Block numbers for the ``layers`` field.
 
     Args:
-        spec: ``auto``, or a list of block numbers (ints, 0 is the first) and depths (floats from 0 to 1, where
+        spec: ``auto``, ``located`` (whose blocks are known only with the weights: until then those of ``auto``), or
+            a list of block numbers (ints, 0 is the first) and depths (floats from 0 to 1, where
             0.5 is the middle).
         n_layers: number of blocks of the model.
         default: what ``auto`` stands for, in the same notation.
@@ -374,10 +375,10 @@ def resolve_layers(
         InputError: not a list of numbers, out of range, or a block number given twice.
     """
     if isinstance(spec, str):
-        if spec != "auto":
-            raise InputError(f"layers: {spec!r} is neither 'auto' nor a list such as [3, 4] or [0.2].")
+        if spec not in ("auto", "located"):
+            raise InputError(f"layers: {spec!r} is neither 'auto' nor 'located' nor a list such as [3, 4] or [0.2].")
         layers, why = resolve_layers(default, n_layers, default)
-        return layers, f"auto: {why}"
+        return layers, f"auto: {why}" if spec == "auto" else "located: known when the weights are; as many as these"
     problems: list[str] = []
     numbers: set[int] = set()
     depths: list[int] = []

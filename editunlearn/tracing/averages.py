@@ -14,7 +14,6 @@ from editunlearn.tracing.prompts import LAST, ROLES, TracedPrompt
 
 if TYPE_CHECKING:
     from editunlearn.tracing.effects import Effects, Settings
-    from editunlearn.tracing.states import Kind
 
 
 def by_role(prompt: TracedPrompt, effects: Tensor) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def trace(tracer: Tracer, prompt: TracedPrompt, settings: Settings, *, tokens: i
         _cut(rest, settings.paths, (tracer.layers,)),
     )
     if not all(bool(torch.isfinite(value).all()) for value in made.tensors().values()):
-        raise NumericalError(f"{tracer.lm.name}: the effects of fact {prompt.id!r} are not finite. Try --dtype float32.")
+        raise NumericalError(f"{tracer.lm.name}: effects of fact {prompt.id!r} are not finite. Try --dtype float32.")
     return made
 
 
@@ -181,4 +181,3 @@ def trace_all(
             found.append(made)
             bar.update(max(1, len(settings.trials(prompt, tracer.layers))))
     return found
-
