@@ -102,8 +102,8 @@ def _main(argv: Sequence[str]) -> None:
 
     lm = load_model(args)
     if args.layers is None:
-        hp, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
-        layers = [int(layer) for layer in hp.layers] if why else layers
+        found_layers, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
+        layers = [int(layer) for layer in found_layers.layers] if why else layers
     measured = moments.get(lm, lm.layout.sites(layers), hp.moments, cache, console, fresh=args.fresh)
     found = {name: one.moment for name, one in measured.items()}
     change = _stability(lm, found, hp, cache, console) if args.stability else {}

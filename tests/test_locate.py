@@ -117,9 +117,8 @@ def test_bad_input_is_found_before_weights(world: runs.World, tmp_path: Path, mo
     monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("weights were loaded"))
     done = locate(world, tmp_path / "o", "--count", "0", "--noise", "0", "--window", "9", "--fast", "--severed")
     assert done.code == 2
-    for words in ("--count 0: at least 1", "--noise 0: a number above 0", "--window 9: from 1 to the number of blocks, 3",
-                  "--fast --severed"):  # fmt: skip
-        assert words in done.err
+    assert "--count 0: at least 1" in done.err and "--noise 0: a number above 0" in done.err
+    assert "--window 9: from 1 to the number of blocks, 3" in done.err and "--fast --severed" in done.err
     assert "--layers: says which blocks --sweep edits with" in locate(world, tmp_path / "o", "--layers", "1").err
     assert "grace changes no weights" in locate(world, tmp_path / "o", "--sweep", "--hparams", "grace").err
     assert not (tmp_path / "o").exists()
