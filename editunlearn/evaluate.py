@@ -143,7 +143,7 @@ def plan(args: argparse.Namespace) -> Plan:
     if args.model is None:
         made_on = deltas[0].manifest.base if deltas else None
         args.model, args.revision = (made_on.name, made_on.revision) if made_on else ("demo", args.revision)
-    checks.run(lambda: check_model(args))
+    checks.run(lambda: check_model(args, [delta.manifest for delta in deltas]))
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.finish()
     return Plan(

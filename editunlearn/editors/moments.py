@@ -38,11 +38,13 @@ the sums of a large model take seconds, those of a small one next to nothing."""
 
 
 def tokenizer_hash(lm: LM) -> str:
-    """Hash of what the tokenizer does with a text of many kinds of characters, its size and its chat template."""
+    """Hash of what the tokenizer does with a text of many kinds of characters, its size, and how it is used to chat."""
     probe = "The café's 3rd menu: naïve, 数学, Ωmega <b>42</b>\n\tdef f(x): return x**2  # end"
     ids = lm.tokenizer(probe)["input_ids"]
     template = getattr(lm.tokenizer, "chat_template", None)
-    return hashlib.sha256(repr((list(ids), len(lm.tokenizer), template)).encode()).hexdigest()[:16]
+    how = lm.chat.record()  # appended only where it says something, so that hashes made without it stay good
+    seen = (list(ids), len(lm.tokenizer), template, *([how] if how else []))
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def pieces(lm: LM, sites: Sequence[Site], hp: Moments) -> list[list[int]]:

@@ -63,8 +63,9 @@ def wrap(lm: LM, text: str, subject: tuple[int, int], *, question: bool, prefix:
     before the text (inside the user's turn when there is one).
     """
     if question and lm.has_chat:
-        whole = _templated(lm, prefix + text)
-        head = _templated(lm, MARK).partition(MARK)[0]  # the text may stand in the template's own words as well
+        whole = lm.chat.render(lm.tokenizer, prefix + text)
+        # The text may stand in the template's own words as well, so that it is not looked for.
+        head = lm.chat.render(lm.tokenizer, MARK).partition(MARK)[0]
         if not whole.startswith(head + prefix + text):
             raise InputError(
                 f"the chat template of {lm.name} changes the user's text; it cannot be located in {whole!r}"
@@ -74,11 +75,6 @@ def wrap(lm: LM, text: str, subject: tuple[int, int], *, question: bool, prefix:
     before, after = PLAIN_QUESTION if question else ("", "")
     offset = len(prefix) + len(before)
     return Prompt(prefix + before + text + after, (offset + subject[0], offset + subject[1]))
-
-
-def _templated(lm: LM, text: str) -> str:
-    turn = [{"role": "user", "content": text}]
-    return str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
 def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") -> tuple[list[int], int]:
