@@ -31,6 +31,7 @@ TYPES = (
     "olmo2",
     "bloom",
     "falcon",
+    "qwen2_moe",
 )
 VOCAB = 400
 
@@ -75,6 +76,13 @@ def config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, hidden:
         "gemma2": {**named, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
         "gemma3_text": {**named, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
         "qwen3": {**named, "head_dim": 8},
+        "qwen2_moe": {
+            **named,
+            "shared_expert_intermediate_size": inner,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     }
     return AutoConfig.for_model(model_type, **{**common, **kinds.get(model_type, named)})
 

@@ -46,12 +46,15 @@ class Site:
 class Layout:
     """Module names of one model, and what happens to the MLP output before it reaches the residual stream.
 
-    ``mlp_out``, ``mlp``, ``attn_out`` and ``post_mlp_norm`` are relative to a block, all other names to the model;
-    None where the model has no such module.
+    ``mlp_out``, ``dense_out``, ``mlp``, ``attn_out``, ``output_gate`` and ``post_mlp_norm`` are relative to a block,
+    all other names to the model; None where the model has no such module.
 
     Attributes:
         attn_out: last linear map of a block's attention. Nothing edits it; tracing reads and restores its output.
         post_mlp_norm: norm that the MLP output passes before it is added to the residual stream.
+        dense_out, dense_layers: of a mixture of experts, the same projection in the blocks whose MLP is a plain one.
+        output_gate: linear map whose sigmoid, one number a token, scales the MLP output (shared expert of Qwen2-MoE).
+        shared_expert: ``mlp_out`` is that of an expert that all tokens pass; the routed ones beside it are left alone.
         scales_output: factor on the MLP output when it is added to the residual stream (Granite).
         parallel: attention and MLP read the same input: block output = input + attention + MLP.
         flattens: the MLP sees (batch * sequence, width), not (batch, sequence, width) (OPT).
@@ -63,6 +66,10 @@ class Layout:
     model_type: str
     blocks: str = "model.layers"
     mlp_out: str = "mlp.down_proj"
+    dense_out: str | None = None
+    dense_layers: frozenset[int] = frozenset()
+    output_gate: str | None = None
+    shared_expert: bool = False
     mlp: str | None = "mlp"
     attn_out: str | None = "self_attn.o_proj"
     post_mlp_norm: str | None = None
@@ -85,11 +92,18 @@ class Layout:
 
     def site(self, layer: int) -> Site:
         """The MLP output projection of a block. The number is not checked here: see ``resolve_layers``."""
-        return Site(f"{self.block_name(layer)}.{self.mlp_out}", layer)
+        out = self.dense_out if layer in self.dense_layers else self.mlp_out
+        return Site(f"{self.block_name(layer)}.{out}", layer)
 
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """The MLP output projections of several blocks, in the given order."""
         return [self.site(layer) for layer in layers]
+
+    def gate_name(self, layer: int) -> str | None:
+        """Full name of the map whose sigmoid scales the MLP output; None where nothing does."""
+        if self.output_gate is None or layer in self.dense_layers:
+            return None
+        return f"{self.block_name(layer)}.{self.output_gate}"
 
     def attention_name(self, layer: int) -> str | None:
         """Full name of the output projection of a block's attention; None where it is not known."""
@@ -127,6 +141,10 @@ _POST_NORMS = {
     "post_feedforward_layernorm": "gemma2 gemma3_text gemma3 vaultgemma olmo2 olmo3 exaone4",
     "post_mlp_layernorm": "glm4",
 }
+_SHARED_EXPERTS = {
+    "shared_expert": "qwen2_moe",
+    "shared_experts": "deepseek_v2 deepseek_v3 dots1 ernie4_5_moe glm4_moe",
+}
 _ALWAYS_PARALLEL = "cohere cohere2 phi gptj codegen"  # others by a flag of the checkpoint: see _PARALLEL_KEYS
 
 
@@ -146,6 +164,19 @@ def _table() -> dict[str, Layout]:
             blocks="model.language_model.layers",
             final_norm="model.language_model.norm",
             embed="model.language_model.embed_tokens",
+        ),
+        *(
+            Layout(
+                name,
+                mlp_out=f"mlp.{expert}.down_proj",
+                mlp=f"mlp.{expert}",
+                dense_out="mlp.down_proj",
+                shared_expert=True,
+                output_gate="mlp.shared_expert_gate" if expert == "shared_expert" else None,
+                reason="known model type; its shared experts are edited, which all tokens pass, no routed ones",
+            )
+            for expert, names in _SHARED_EXPERTS.items()
+            for name in names.split()
         ),
         Layout("starcoder2", mlp_out="mlp.c_proj"),
         Layout("phi", mlp_out="mlp.fc2", attn_out="self_attn.dense", final_norm="model.final_layernorm"),
@@ -232,6 +263,7 @@ def context_length(config: Any) -> int | None:
 
 # Blocks of these types have no MLP, or mix it into a state-space layer.
 _NO_MLP = ("mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "reformer", "cpmant", "xlnet")
+_SHARED_COUNTS = "shared_expert_intermediate_size n_shared_experts moe_num_shared_experts".split()
 _EXPERT_COUNTS = "num_local_experts num_experts n_routed_experts moe_num_experts num_routed_experts".split()
 
 
@@ -259,7 +291,8 @@ def check_config(config: Any) -> None:
             f"model type {kind!r} is an encoder-decoder; only decoders can be edited. {_see_known()}"
         )
     experts = _expert_count(text)
-    if experts > 1:
+    shared = kind in _mixtures() and any(getattr(text, key, None) for key in _SHARED_COUNTS)
+    if experts > 1 and not shared:
         raise UnsupportedError(_moe_message(kind, f"{experts} experts in each MLP"))
     if kind in known_types():
         return
@@ -276,10 +309,16 @@ def check_config(config: Any) -> None:
         raise UnsupportedError(f"model type {kind!r} is no causal language model of transformers. {_see_known()}")
 
 
+def _mixtures() -> list[str]:
+    return sorted(name for names in _SHARED_EXPERTS.values() for name in names.split())
+
+
 def _moe_message(kind: str, what: str) -> str:
     return (
-        f"model type {kind!r} is a mixture of experts ({what}): which weights a fact passes through depends "
-        f"on the routing, so there is no one MLP output projection to edit. {_see_known()}"
+        f"model type {kind!r} is a mixture of experts ({what}) without a shared one: which weights a fact passes "
+        "through depends on the routing, which differs from wording to wording, so there is no one MLP output "
+        f"projection to edit. Mixtures with shared experts, which all tokens pass: {', '.join(_mixtures())}. "
+        f"{_see_known()}"
     )
 
 
@@ -305,7 +344,7 @@ def layout_of(model: nn.Module, config: Any = None) -> Layout:
         if missing:
             row = replace(row, reason=f"no module {missing!r} in this {kind}; {row.reason}")
     row = _adapted(row, model, config)
-    for block in module(model, row.blocks).children():
+    for block in () if row.shared_expert else module(model, row.blocks).children():
         if (expert := expert_in(block)) is not None:
             raise UnsupportedError(_moe_message(kind, f"{expert} in its blocks"))
     return row
@@ -333,6 +372,7 @@ def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
     post, attention = row.post_norm_name(0), row.attention_name(0)
     return replace(
         row,
+        dense_layers=_dense_layers(row, model),
         attn_out=row.attn_out if attention and find(model, attention) else None,
         parallel=row.parallel or any(bool(getattr(config, key, False)) for key in _PARALLEL_KEYS),
         scales_output=float(multiplier) if isinstance(multiplier, (int, float)) else row.scales_output,
@@ -343,11 +383,24 @@ def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
     )
 
 
+def _all_sites(row: Layout, model: nn.Module) -> list[Site]:
+    """The sites of all blocks of a mixture, whose blocks may differ; else of the first, which is like the others."""
+    blocks = find(model, row.blocks)
+    return row.sites(range(len(blocks) if row.shared_expert and isinstance(blocks, nn.ModuleList) else 1))
+
+
+def _dense_layers(row: Layout, model: nn.Module) -> frozenset[int]:
+    """Blocks of a mixture that have the plain projection."""
+    plain = [replace(site, name=f"{row.block_name(site.layer)}.{row.dense_out}") for site in _all_sites(row, model)]
+    return frozenset(site.layer for site in plain if row.dense_out and find(model, site.name) is not None)
+
+
 _PARALLEL_KEYS = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
 
 def _missing(row: Layout, model: nn.Module) -> str | None:
-    names = (row.blocks, row.site(0).name, row.embed)
+    row = replace(row, dense_layers=_dense_layers(row, model))
+    names = (row.blocks, *(site.name for site in _all_sites(row, model)), row.embed)
     missing = next((name for name in names if find(model, name) is None), None)
     # GPT-NeoX called its head embed_out in earlier versions of transformers: the name alone proves nothing.
     return missing or (row.head if find(model, row.head) is None and output_head(model) is None else None)

@@ -30,7 +30,8 @@ def expert_in(block: nn.Module) -> str | None:
     """Class name of the first router or group of experts inside a block; None for a dense block."""
     for name, child in block.named_modules():
         kind = type(child).__name__.lower()
-        if name and (name.rpartition(".")[2] in ("experts", "router") or "moe" in kind or "experts" in kind):
+        named = "moe" in kind and not any(word in kind for word in (*_MIXERS, "norm"))  # Qwen2MoeAttention has none
+        if name and (name.rpartition(".")[2] in ("experts", "router") or named or "experts" in kind):
             return type(child).__name__
     return None
 
