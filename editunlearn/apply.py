@@ -71,8 +71,8 @@ class Plan:
     report: bool
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("apply", __doc__ or "", EXAMPLES)
     add_hparams_flags(p)
     add_model_flags(p)
@@ -131,7 +131,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     state.add_argument("--resume", action="store_true", help="go on with interrupted work (the default)")
     state.add_argument("--fresh", action="store_true", help="throw interrupted work away and start over")
     add_run_flags(p)
-    return p.parse_args(argv)
+    return p
 
 
 def plan(args: argparse.Namespace, console: Console) -> Plan:
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)
+    args = flags().parse_args(argv)
     console = console_of(args)
     made = plan(args, console)
     from editunlearn import reporting

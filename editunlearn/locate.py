@@ -45,8 +45,8 @@ EXAMPLES = """\
   editunlearn locate --facts forget.jsonl --sweep --hparams memit   edit with each block by itself, and measure"""
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("locate", __doc__ or "", EXAMPLES)
     add_model_flags(p)
     group = p.add_argument_group("facts")
@@ -78,7 +78,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     state.add_argument("--resume", action="store_true", help="go on with interrupted work (the default)")
     state.add_argument("--fresh", action="store_true", help="trace anew even what is done")
     add_run_flags(p)
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)
+    args = flags().parse_args(argv)
     console = console_of(args)
     facts, hp, blocks = _checked(args, console)
     window = args.window or max(1, round(WINDOW_SHARE * blocks))

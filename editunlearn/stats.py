@@ -42,8 +42,8 @@ EXAMPLES = """\
   editunlearn stats --hparams alphaedit --set moments.text=wiki.txt --cache-dir /data/stats"""
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("stats", __doc__ or "", EXAMPLES)
     add_hparams_flags(p)
     add_model_flags(p)
@@ -53,7 +53,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     state.add_argument("--resume", action="store_true", help="go on with interrupted work (the default)")
     state.add_argument("--fresh", action="store_true", help="measure anew even what is in the cache")
     add_run_flags(p)
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def _with_moments(hp: MethodHParams) -> EditorHParams:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)  # before anything heavy is imported
+    args = flags().parse_args(argv)  # before anything heavy is imported
     from editunlearn import estimate
     from editunlearn.lm.loading import default_cache_dir
 

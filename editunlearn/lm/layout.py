@@ -242,6 +242,15 @@ def known_types() -> list[str]:
     return sorted(_table())
 
 
+def table_row(model_type: str) -> Layout:
+    """Module names of a known model type, before a look at a model.
+
+    Raises:
+        KeyError: not in the table.
+    """
+    return _table()[model_type]
+
+
 def _see_known() -> str:
     return f"Known: {', '.join(known_types())}. See lm/layout.py."
 
