@@ -172,9 +172,14 @@ def test_what_refine_has() -> None:
     assert "it must be auto, or" in problem("memit", set=["refine.steps=many"])
     assert [auto.prompts(n) for n in (1, 20, 30, 40, 1000)] == [32, 32, 48, 64, 64]
     assert "refine.retain_batch is 0; it must be auto, or" in problem("memit", set=["refine.retain_batch=0"])
+    assert [auto.keeping(n) for n in (1, 26, 30, 40, 1000)] == [80.0, 80.0, 90.0, 120.0, 120.0]
+    for wrong in ("-1", "all", "true", ".nan", ".inf"):
+        assert "it must be auto, or a number from 0" in problem("memit", set=[f"refine.kl={wrong}"]), wrong
+    own = load_hparams("memit", set=["refine.kl=7"]).refine
+    assert own is not None and own.keeping(1000) == 7.0
     refine = load_hparams("memit", set=["refine={steps: 3, text_kl: 0, floor: 0, contexts: 1}"]).refine
     assert refine is not None and (refine.steps, refine.text_kl, refine.floor, refine.contexts) == (3, 0, 0, 1)
-    for wrong in ("steps=0", "lr=0", "kl=-1", "text_kl=-1", "floor=-1", "forget_batch=0", "text_length=1"):
+    for wrong in ("steps=0", "lr=0", "text_kl=-1", "kept_keys=-1", "floor=-1", "forget_batch=0", "text_length=1"):
         assert "it must be a" in problem("memit", set=[f"refine.{wrong}"]), wrong
 
 

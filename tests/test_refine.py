@@ -154,7 +154,7 @@ def test_a_prompt_gives_its_target_when_greedy_decoding_begins_like_it() -> None
         return replace(row, ids=tuple(ids))
 
     def share(*found: Row) -> float:
-        return objective.learned(Head(lm), found, objective.Gradient({}, 10, warnings.append))
+        return float(objective.learned(Head(lm), found, objective.Gradient({}, 10, warnings.append)).mean())
 
     assert share(*rows) == 1.0
     assert share(*rows, spoilt(rows[0], 0)) == 0.75  # it begins otherwise
@@ -174,14 +174,50 @@ def test_steps_are_added_while_unseen_prompts_do_not_give_their_target() -> None
     text = [Row((3, 4, 5), 0, 1)]
     hp = Refine(steps="auto", lr=1e-6)
     likeliest = int(lm.model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax())
-    for target, count in ((9, 4), (likeliest, 1)):
-        unseen, said = [Row((5, 6, 7, target), 1, 3)], list[str]()
+    right, wrong = [Row((5, 6, 7, likeliest), 1, 3)], [Row((5, 6, 7, 9), 1, 3)]
+    # a fact that is never learned counts, however many others are; one that mostly is does not
+    one_of_many = [[*right * 2, *wrong], *[right * 20] * 19]
+    for unseen, share, count in (
+        ([wrong], "0.0%", 4),
+        ([right], "100.0%", 1),
+        ([wrong, *[right] * 19], "95.0%", 4),
+        (one_of_many, "98.3%", 1),
+    ):
+        said = list[str]()
         units = {module: torch.ones(1)}
         goals = refine.Goals(rows, [], text, unseen)
-        refine.refine(lm, factors, goals, hp, units=units, tell=said.append)
+        refine.refine(
+            lm, factors, goals, hp, units=units, kept_keys={module: torch.zeros(0, width[1])}, tell=said.append
+        )
         assert [f"after {40 + 10 * i} steps" in line for i, line in enumerate(said)] == [True] * count
-        assert said[-1].endswith(f"; {30 + 10 * count} in all") or count == 4
-        assert "100.0% of unseen" in said[0] if count == 1 else "0.0% of unseen" in said[0]
+        assert said[-1].endswith(f"; {30 + 10 * count} steps in all") or count == 4
+        assert f"refine: {share} of unseen" in said[0]
+
+
+def test_the_change_at_kept_keys_is_relative_to_the_closed_forms() -> None:
+    draw = torch.Generator().manual_seed(0)
+    factors = {m: (torch.randn(4, 3, generator=draw), torch.randn(3, 5, generator=draw)) for m in ("a", "b", "none")}
+    keys = {"a": torch.randn(7, 5, generator=draw), "b": torch.randn(2, 5, generator=draw), "none": torch.zeros(0, 5)}
+    found = objective.AtKeptKeys(factors, keys)
+    left = {m: torch.randn(4, 3, generator=draw).requires_grad_(True) for m in factors}
+
+    def literal(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        changes = {m: (values[m] @ factors[m][1] @ keys[m].T).square().sum() for m in ("a", "b")}
+        first = {m: (factors[m][0] @ factors[m][1] @ keys[m].T).square().sum() for m in ("a", "b")}
+        return torch.stack([changes[m] / first[m] for m in changes]).mean()
+
+    assert abs(found.loss({m: pair[0].clone() for m, pair in factors.items()}, 1.0) - 1) < 1e-6
+    literal(left).backward()  # type: ignore[no-untyped-call]
+    wanted = {m: value.grad for m, value in left.items()}
+    for value in left.values():
+        value.grad = None
+    left["a"].grad = torch.ones(4, 3)
+    torch.testing.assert_close(found.loss(left, 0.5), float(literal(left).detach()))
+    for name, before in (("a", 1.0), ("b", 0.0)):
+        gradient, whole = left[name].grad, wanted[name]
+        assert gradient is not None and whole is not None
+        torch.testing.assert_close(gradient, before + 0.5 * whole)
+    assert left["none"].grad is None
 
 
 def test_largest_of_each_group() -> None:

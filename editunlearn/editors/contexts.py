@@ -101,12 +101,12 @@ def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: Located
     return ForgetRows(keys, targets)
 
 
-def unseen_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, cache: Path | None) -> list[Row]:
-    """Every fact with its target behind prefixes of another seed; bare if there are no prefixes."""
+def unseen_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, cache: Path | None) -> list[list[Row]]:
+    """For each fact its rows with the target behind prefixes of another seed; bare if there are no prefixes."""
     own = hp.context_prefixes
     other = own.model_copy(update={"count": UNSEEN if own.count else 0, "seed": own.seed + 1})
     texts = prefixes(lm, other, cache)
-    return [row for of_fact in forget_rows(lm, facts, texts, hp).targets for row in of_fact[1 if texts else 0 :]]
+    return [of_fact[1 if texts else 0 :] for of_fact in forget_rows(lm, facts, texts, hp).targets]
 
 
 def keep_rows(lm: LM, facts: Sequence[Fact], hp: Located, *, answers: bool) -> list[Row]:

@@ -291,6 +291,7 @@ class Flow:
                 goals,
                 hp,
                 units={name: step_units(*pair, solved[name].keys) for name, pair in factors.items()},
+                kept_keys={name: torch.cat([p.retain, p.past]) for name, p in solved.items()},
                 seed=self.hp.seed,
                 work=self.work,
                 report=report,

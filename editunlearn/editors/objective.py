@@ -1,4 +1,4 @@
-"""What one step of refine minimises: its three losses, and the gradient they put on the left factors."""
+"""What one step of refine minimises: its losses, and the gradient they put on the left factors."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def forget_loss(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient, 
 
 
 @torch.no_grad()
-def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
-    """Share of the prompts behind which greedy decoding would write the target, [0, 1].
+def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> Tensor:
+    """Of each prompt 1 if greedy decoding would write the target behind it, else 0, (rows,) float32.
 
     The first token must be the target's, and one of the others at most may differ: behind some prompts a model writes
     another apostrophe, say, which changes nothing. All tokens before are given.
@@ -110,7 +110,7 @@ def learned(head: Head, rows: Sequence[Row], gradient: Gradient) -> float:
         right[list(part)] = ((first == 0) & (others <= 1)).float().cpu()
 
     gradient.over(rows, run)
-    return float(right.sum()) / len(rows)
+    return right
 
 
 class Keep:
@@ -164,3 +164,37 @@ class Keep:
         sizes = [len(self.rows[i].ids) - self.rows[i].prompt_length for i in members]
         for i, states in zip(members, torch.split(hidden_at_targets(self.lm, padded), sizes), strict=True):
             self.hidden.setdefault(i, states)
+
+
+class AtKeptKeys:
+    """How much the edit changes the sites' outputs at keys to keep, relative to how much the closed form does.
+
+    A step sees a few prompts to keep; this sees every key of them, and costs a product of the size of the batch of
+    facts. For a change ``L B`` (left factors ``L`` (d_out, n), recognisers ``B`` (n, d_in)) and keys ``K`` (m, d_in)
+    it is ``|L B K^T|^2``, divided by what it is for the closed form's ``L``; mean over the sites.
+
+    Args:
+        factors: the closed form's, by module: left and right.
+        keys: keys to keep, by module, (m, d_in); modules of none are left out.
+    """
+
+    def __init__(self, factors: Mapping[str, tuple[Tensor, Tensor]], keys: Mapping[str, Tensor]) -> None:
+        self.forms: dict[str, Tensor] = {}
+        for name, (left, right) in factors.items():
+            answers = keys[name].double() @ right.double().T
+            form = answers.T @ answers
+            whole = float((left.double() @ form * left.double()).sum())
+            if whole > 0:
+                self.forms[name] = (form / whole).float().to(left.device)
+
+    @torch.no_grad()
+    def loss(self, left: Mapping[str, Tensor], strength: float) -> float:
+        """Its value; adds ``strength`` times its gradient to ``left``."""
+        total = 0.0
+        for name, form in self.forms.items():
+            value = left[name]
+            slope = value @ form.to(value.device) / len(self.forms)
+            total += float((slope * value).sum())
+            grad = 2 * strength * slope
+            value.grad = grad if value.grad is None else value.grad + grad
+        return total

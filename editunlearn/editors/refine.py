@@ -15,15 +15,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from editunlearn.editors.column_adam import ColumnAdam
-from editunlearn.editors.objective import Gradient, Keep, forget_loss, learned
+from editunlearn.editors.objective import AtKeptKeys, Gradient, Keep, forget_loss, learned
 from editunlearn.editors.schedule import Schedule
 from editunlearn.errors import NumericalError
 from editunlearn.lm.head import Head
 from editunlearn.lm.hooks import on_output, stack
 from editunlearn.lm.tokens import Row
+from editunlearn.numerics import losses
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Refine
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
 CHECKPOINT = 5
 """Steps between two states that an interrupted run can go on from."""
 
-SHARE = 0.95
-"""Share of prompts never trained on that must give the target; a fact that never does must not hold up the rest."""
+SHARE, OF_EACH = 0.95, 0.5
+"""Share of prompts never trained on that must give the target: of all facts together, and of each alone. A share of all
+hides a fact that has not been learned at all."""
 
 LEAST_ANSWER = 1e-3
 """A recogniser's answer to its own key counts as at least this, so that a dead one does not take endless steps."""
@@ -63,13 +66,13 @@ class Goals:
         forget: prompt with target for each fact and context, the bare prompt first.
         retain: pools of prompts to keep, scored where their rows say; a step takes from each by the root of its size.
         text: windows of generic text, all positions scored.
-        unseen: prompt with target for each fact and contexts that are not trained on, to see what was learned.
+        unseen: the same in contexts that are not trained on, to see what was learned; may be empty.
     """
 
     forget: Sequence[Sequence[Row]]
     retain: Sequence[Sequence[Row]]
     text: Sequence[Row]
-    unseen: Sequence[Row] = ()
+    unseen: Sequence[Sequence[Row]] = ()
 
 
 def low_rank_hook(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -89,6 +92,7 @@ def refine(
     hp: Refine,
     *,
     units: dict[str, Tensor],
+    kept_keys: dict[str, Tensor],
     seed: int = 0,
     work: Workspace | None = None,
     already: Callable[[int], None] = lambda _: None,
@@ -99,13 +103,15 @@ def refine(
     """New left factors (d_out, r) for every module of ``factors`` (module -> (left, right)).
 
     Loss: NLL of the targets, each row weighted by its own NLL above ``hp.floor`` relative to the mean (so that the
-    facts that resist get the attention) + ``hp.kl`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL on text.
-    Adam on all left factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end. There the
-    facts are tried in contexts that were not trained on: while greedy decoding would not give nearly all of them their
-    target, steps are added.
+    facts that resist get the attention) + ``hp.keeping(facts)`` * mean KL on retain prompts + ``hp.text_kl`` * mean KL
+    on text + ``hp.kept_keys`` * the change at all keys to keep, relative to the closed form's. Adam on all left
+    factors, in steps of ``hp.lr`` times the fact's unit that get smaller towards the end. There the facts are tried in
+    contexts that were not trained on: while greedy decoding would not give nearly all of them their target, or one of
+    them hardly ever, steps are added.
 
     Args:
         units: by module, (n,), what the steps of each fact are measured in: see :func:`step_units`.
+        kept_keys: by module, (m, d_in), what the solve was to leave alone; m may be 0.
         work: keeps the state every few steps, so that an interrupted run goes on there.
         already: called with the number of steps that an interrupted run had made.
         report: called with (step, steps expected, NLL, retain KL, text KL) after every step.
@@ -126,10 +132,13 @@ def refine(
         Keep(head, goals.text, gradient),
     )
 
+    at_keys = AtKeptKeys(factors, kept_keys)
+
     def change() -> AbstractContextManager[None]:
         hooks = {name: low_rank_hook(left[name], right[name]) for name in left}
         return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
 
+    keep_weight = hp.keeping(len(goals.forget))
     schedule = Schedule(hp.planned(len(goals.forget)), hp.most(len(goals.forget)))
     if work is not None and (kept_state := work.get("refine")):
         optimiser.load(kept_state)
@@ -147,22 +156,34 @@ def refine(
             continue
         with change():
             nll = forget_loss(head, forget, gradient, hp.floor)
-        kept = retain.loss(change, kept_rows, hp.kl)
+        kept = retain.loss(change, kept_rows, keep_weight)
         text = generic.loss(change, text_rows, hp.text_kl)
+        at_keys.loss(left, hp.kept_keys)
         loss = float(nll.mean())
         if not all(map(math.isfinite, (loss, kept, text))):
             raise NumericalError(f"refine: the loss at step {step} is not finite; try a smaller refine.lr")
         optimiser.step(hp.lr * schedule.rate(step - 1))
         if goals.unseen and schedule.may_grow(step):
             with change():
-                share = learned(head, goals.unseen, gradient)
-            if share < SHARE:
+                shares = _shares(head, goals.unseen, gradient)
+            if float(shares.mean()) < SHARE or float(shares.min()) < OF_EACH:
                 schedule.grow()
-            tell(f"refine: {share:.1%} of unseen prompts give their target after {step} steps; {schedule.end} in all")
+            behind = int((shares < OF_EACH).sum())
+            tell(
+                f"refine: {float(shares.mean()):.1%} of unseen prompts give their target after {step} steps "
+                f"({behind} facts behind fewer than half); {schedule.end} steps in all"
+            )
         if work is not None and step % CHECKPOINT == 0:
             work.put("refine", {**optimiser.state(), **schedule.state()})
         report(step, schedule.end, loss, kept, text)
     return {name: value.detach().cpu() for name, value in left.items()}
+
+
+def _shares(head: Head, facts: Sequence[Sequence[Row]], gradient: Gradient) -> Tensor:
+    """Of each fact the share of its prompts behind which greedy decoding would write the target, (facts,)."""
+    rows = [row for fact in facts for row in fact]
+    owner = torch.tensor([number for number, fact in enumerate(facts) for _ in fact])
+    return losses.mean_by(learned(head, rows, gradient), owner, len(facts))
 
 
 class _Draw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
@@ -43,11 +44,23 @@ def _count(name: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _strength(value: Any) -> Any:
+    number = _number(value)
+    if number != "auto" and (isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < inf):
+        raise ValueError(f"refine.kl is {value!r}; it must be auto, or a number from 0.")
+    return number if number == "auto" else float(number)
+
+
 Real = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_number)]
 Whole = Annotated[int, Strict()]
 _COUNT = Field(json_schema_extra={"allowed": "auto, or a whole number of at least 1"})
 Steps = Annotated[Literal["auto"] | int, _count("refine.steps"), _COUNT]
 Prompts = Annotated[Literal["auto"] | int, _count("refine.retain_batch"), _COUNT]
+Strength = Annotated[
+    Literal["auto"] | float,
+    BeforeValidator(_strength),
+    Field(json_schema_extra={"allowed": "auto, or a number from 0"}),
+]
 Tokens = Annotated[Literal["auto"] | int, _count("moments.tokens"), _COUNT]
 Layers = Annotated[
     Literal["auto", "located"] | list[int | float],

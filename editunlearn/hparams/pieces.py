@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from editunlearn.hparams.fields import Piece, Prompts, Real, Steps, Tokens, Whole
+from editunlearn.hparams.fields import Piece, Prompts, Real, Steps, Strength, Tokens, Whole
 
 
 class ContextPrefixes(Piece):
@@ -138,6 +138,10 @@ PROMPTS_PER_FACT, LEAST_PROMPTS, MOST_PROMPTS = 1.6, 32, 64
 """Prompts to keep in each step of refine when they are ``auto``. Many facts disturb more, and of few prompts the
 gradient is noisy: what is kept suffers from that, not what is forgotten."""
 
+KL_PER_FACT, LEAST_KL, MOST_KL = 3.0, 80.0, 120.0
+"""Weight of the KL divergence on prompts to keep when it is ``auto``: many facts disturb more, and each has the less of
+the gradient, whose direction alone counts."""
+
 
 class Refine(Piece):
     """Training of the left factors after the closed form, on what is wanted; the right factors stay."""
@@ -152,8 +156,15 @@ class Refine(Piece):
         gt=0,
         description="Size of a step, relative to the left factors that would write the whole change.",
     )
-    kl: Real = Field(default=80.0, ge=0, description="Weight of the KL divergence on prompts to keep.")
+    kl: Strength = Field(
+        default="auto",
+        description="Weight of the KL divergence on prompts to keep; "
+        f"auto: {KL_PER_FACT:.0f} a fact, {LEAST_KL:.0f} to {MOST_KL:.0f}.",
+    )
     text_kl: Real = Field(default=60.0, ge=0, description="Weight of the KL divergence on generic text.")
+    kept_keys: Real = Field(
+        default=0.1, ge=0, description="Weight of the change at all keys to keep, relative to that of the closed form."
+    )
     floor: Real = Field(default=0.6, ge=0, description="A target whose loss is at or below this no longer counts.")
     forget_batch: Whole = Field(default=20, ge=1, description="Facts to forget per step.")
     contexts: Whole = Field(default=2, ge=1, description="Contexts per fact and step: the bare prompt and others.")
@@ -178,6 +189,12 @@ class Refine(Piece):
         if self.retain_batch == "auto":
             return min(MOST_PROMPTS, max(LEAST_PROMPTS, round(PROMPTS_PER_FACT * facts)))
         return self.retain_batch
+
+    def keeping(self, facts: int) -> float:
+        """Weight of the KL divergence on prompts to keep for that many facts to forget."""
+        if self.kl == "auto":
+            return min(MOST_KL, max(LEAST_KL, KL_PER_FACT * facts))
+        return self.kl
 
     def most(self, facts: int) -> int:
         """Updates at most."""
