@@ -223,7 +223,7 @@ def _run(
     if not args.no_figure:
         figures.write(args.out, found)
     atomic_write_json(args.out / FILE, found)
-    _show(console, found, args.out)
+    _show(console, found, args.out, args.model)
 
 
 def _about(
@@ -251,7 +251,7 @@ def _about(
     }
 
 
-def _show(console: Console, found: dict[str, Any], out: Path) -> None:
+def _show(console: Console, found: dict[str, Any], out: Path, model: str) -> None:
     from editunlearn.tracing.prompts import LAST
 
     part = "measured" if all("measured" in about for about in found["kinds"].values()) else "estimated"
@@ -279,7 +279,8 @@ def _show(console: Console, found: dict[str, Any], out: Path) -> None:
         layer_sweep.show(console, found["sweep"])
     console.result_json(found)
     console.info(f"written: {out / FILE}")
-    console.next_step(["editunlearn", "apply", "--hparams", "memit", "--set", "layers=located"])
+    command = ["editunlearn", "apply", "--hparams", "memit", "--model", model, "--set", "layers=located"]
+    console.next_step(command)
 
 
 def _agree(about: dict[str, Any]) -> tuple[str, str]:

@@ -85,6 +85,7 @@ def _curves(axes: Any, found: Mapping[str, Any]) -> None:
     axes.set_title("effect at the last subject token, with 95% intervals over facts", fontsize=9)
     axes.set_xlabel("block", fontsize=8)
     axes.tick_params(labelsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, frameon=False)
 
 
