@@ -13,8 +13,12 @@ from editunlearn.naming import did_you_mean
 COMMANDS = {
     "apply": "edit a model so that it forgets facts, and measure it",
     "stats": "measure second moments of a model ahead of time",
+    "locate": "find the states that carry facts, by causal tracing; measure edits layer by layer",
     "evaluate": "measure models and deltas with benchmarks, also under quantisation",
     "report": "put evaluations side by side on one page",
+    "validate": "check hparams, facts, deltas, models and results before a long run",
+    "ls": "list methods, hparams, suites, attacks, architectures, saved edits",
+    "completion": "print a completion script for bash, zsh or fish",
     "export": "turn a saved delta into a LoRA adapter, a merged model, or a delta without some facts",
 }
 
@@ -27,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.result(f"editunlearn {__version__}")
         return 0
     if not args or args[0] in ("-h", "--help"):
-        rows = "\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items())
+        rows = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
         console.result(
             f"usage: editunlearn COMMAND ...\n\n{rows}\n\nEach has --help. Start: editunlearn apply --hparams memit"
         )

@@ -71,8 +71,8 @@ class Plan:
     report: bool
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("apply", __doc__ or "", EXAMPLES)
     add_hparams_flags(p)
     add_model_flags(p)
@@ -94,6 +94,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         const="subject",
         metavar="BY",
         help="let facts share a value: by subject (the default), key, run or all; more in hparams: merge",
+    )
+    group.add_argument(
+        "--ask",
+        choices=("prompt", "question"),
+        default="prompt",
+        help="which of a fact's texts is edited where it has both (default: prompt); question: for chat models",
     )
     group.add_argument("--data-root", type=Path, help="folder with local copies of hub datasets")
     group.add_argument("--split", default="train", help="split of a hub dataset")
@@ -125,7 +131,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     state.add_argument("--resume", action="store_true", help="go on with interrupted work (the default)")
     state.add_argument("--fresh", action="store_true", help="throw interrupted work away and start over")
     add_run_flags(p)
-    return p.parse_args(argv)
+    return p
 
 
 def plan(args: argparse.Namespace, console: Console) -> Plan:
@@ -167,7 +173,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if earlier is not None:
         checks.run(lambda: _check_earlier(args, earlier, out))
         divided = checks.run(lambda: earlier.divide(filled)) if filled else None
-        if hp is not None and config is not None:
+        if hp is not None and config is not None and hp.layers != "located":  # those are known with the weights
             checks.run(lambda: earlier.check_method(hp, [s.name for s in target(config, hp).sites]))
     checks.run(lambda: check_writable(out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
@@ -184,6 +190,7 @@ def _facts(
 ) -> list[Fact]:
     if source is None:
         return []
+    from editunlearn.facts.questions import as_questions
     from editunlearn.facts.readers import load_facts
 
     notes: list[str] = []
@@ -191,6 +198,9 @@ def _facts(
     facts = load_facts(
         source, data_root=args.data_root, split=args.split, limit=limit, notes=notes, conflicts=conflicts
     )
+    if args.ask == "question":
+        facts, note = as_questions(facts)
+        notes += [note] if note else []
     for note in notes:
         console.info(f"note: {note}")
     return facts
@@ -252,6 +262,7 @@ def _check_earlier(args: argparse.Namespace, earlier: Earlier, out: Path) -> Non
         InputError: with all that is wrong.
     """
     from editunlearn.deltas.arithmetic import dtype_name
+    from editunlearn.lm.chat import Chat
     from editunlearn.lm.loading import asked_dtype
 
     base, problems = earlier.delta.manifest.base, []
@@ -263,6 +274,14 @@ def _check_earlier(args: argparse.Namespace, earlier: Earlier, out: Path) -> Non
     wanted, made_in = asked_dtype(args.dtype), earlier.dtypes()
     if wanted is not None and made_in and made_in != {dtype_name(wanted)}:
         problems.append(f"--continue {earlier.where}: was made in {', '.join(made_in)}; leave --dtype out.")
+    made_in_chat = Chat.of(base.chat)
+    if args.chat == Chat():
+        args.chat = made_in_chat  # no flag says otherwise
+    elif args.chat is not None and args.chat != made_in_chat:
+        problems.append(
+            f"--continue {earlier.where}: was made with another system prompt or other arguments of the chat template; "
+            "leave --system, --chat-arg and --no-chat out."
+        )
     if out.resolve() == Path(earlier.where).resolve():
         problems.append(f"--out {out}: is the run to go on from, which is kept. Choose another folder.")
     if problems:
@@ -275,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)
+    args = flags().parse_args(argv)
     console = console_of(args)
     made = plan(args, console)
     from editunlearn import reporting

@@ -14,7 +14,9 @@ from editunlearn.errors import EditUnlearnError, InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
+    from editunlearn.deltas.manifest import BaseManifest
     from editunlearn.hparams import EditorHParams, Keeping, MethodHParams, UnlearnerHParams
+    from editunlearn.lm.chat import Chat
     from editunlearn.lm.loading import LM
 
 T = TypeVar("T")
@@ -50,13 +52,26 @@ def add_model_flags(p: argparse.ArgumentParser, default: str | None = "demo", de
     group.add_argument(
         "--device-map", help="a device such as cuda:1, or auto (needs accelerate); default: the GPU if any"
     )
+    group.add_argument("--system", metavar="TEXT", help="system prompt for the chat template, wherever it is used")
+    group.add_argument(
+        "--chat-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="argument of the chat template, e.g. enable_thinking=false",
+    )
+    group.add_argument("--no-chat", action="store_true", help="leave the chat template out; ask like a base model")
 
 
-def add_hparams_flags(p: argparse.ArgumentParser) -> None:
-    """--hparams and what changes them."""
+def add_hparams_flags(p: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--hparams and what changes them; required when there is no default."""
     group = p.add_argument_group("method")
     group.add_argument(
-        "--hparams", required=True, metavar="FILE|NAME", help="a file, or a shipped name: memit, paper/rome, ..."
+        "--hparams",
+        required=default is None,
+        default=default,
+        metavar="FILE|NAME",
+        help="a file, or a shipped name: memit, paper/rome, ..." + (f" (default: {default})" if default else ""),
     )
     group.add_argument("--hparams-format", choices=("editunlearn", "easyedit"), default="editunlearn")
     group.add_argument(
@@ -152,20 +167,52 @@ def _check_lengths(hp: EditorHParams, config: Any) -> None:
         raise InputError([w for w, length in zip(wrong, lengths.values(), strict=True) if length > most])
 
 
-def check_model(args: argparse.Namespace) -> Any:
+def chat_of(args: argparse.Namespace, made: Sequence[BaseManifest] = ()) -> Chat:
+    """How the flags say that the model is spoken to; without such flags, as the given deltas were made.
+
+    Raises:
+        InputError: an argument is not KEY=VALUE, or the deltas were made in different ways and no flag says which.
+    """
+    import yaml
+
+    from editunlearn.lm.chat import Chat
+
+    arguments: dict[str, Any] = {}
+    for item in args.chat_arg:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--chat-arg {item}: write KEY=VALUE, such as enable_thinking=false.")
+        arguments[key] = yaml.safe_load(value)
+    given = Chat(args.system, arguments, not args.no_chat)
+    if given != Chat() or not made:
+        return given
+    ways = [Chat.of(one.base.chat) for one in made]
+    if any(way != ways[0] for way in ways):
+        raise InputError(
+            "--delta: these were made with different system prompts or arguments of the chat template; say with "
+            "--system, --chat-arg or --no-chat how to ask, or measure them one by one."
+        )
+    return ways[0]
+
+
+def check_model(args: argparse.Namespace, made: Sequence[BaseManifest] = ()) -> Any:
     """The configuration of the model that the flags name; its weights are not read.
 
     Raises:
-        InputError: no such model, dtype or device, or an architecture that cannot be edited.
+        InputError: no such model, dtype or device, a chat template that does not do what is asked of it, or an
+            architecture that cannot be edited.
     """
     from editunlearn.lm.layout import check_config
-    from editunlearn.lm.loading import check_options, peek_config
+    from editunlearn.lm.loading import check_chat, check_options, peek_config
 
     checks = Checks()
     checks.run(lambda: check_options(args.dtype, args.device_map))
     config = checks.run(lambda: peek_config(args.model, args.revision))
     if config is not None:
         checks.run(lambda: check_config(config))
+    args.chat = checks.run(lambda: chat_of(args, made))
+    if config is not None and args.chat is not None:
+        checks.run(lambda: check_chat(args.model, args.revision, args.chat))
     checks.finish()
     return config
 
@@ -229,7 +276,12 @@ def load_model(args: argparse.Namespace) -> LM:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return load(
-        args.model, dtype=args.dtype, device_map=args.device_map, revision=args.revision, cache_dir=args.cache_dir
+        args.model,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        revision=args.revision,
+        cache_dir=args.cache_dir,
+        chat=args.chat,
     )
 
 

@@ -40,8 +40,8 @@ EXAMPLES = """\
   editunlearn evaluate --delta runs/a --delta runs/b --suite "rwku:Stephen King,Tom Clancy" --limit 50"""
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("evaluate", __doc__ or "", EXAMPLES)
     p.add_argument("--suite", action="append", required=True, help="benchmark, NAME or NAME:WHICH; repeat for several")
     p.add_argument("--delta", type=Path, action="append", default=[], metavar="DIR", help="a saved edit; repeatable")
@@ -73,7 +73,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--fresh", action="store_true", help="measure again what is there already")
     add_model_flags(p, None, "the one that the first delta was made on, or demo")
     add_run_flags(p)
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,7 +144,7 @@ def plan(args: argparse.Namespace) -> Plan:
     if args.model is None:
         made_on = deltas[0].manifest.base if deltas else None
         args.model, args.revision = (made_on.name, made_on.revision) if made_on else ("demo", args.revision)
-    checks.run(lambda: check_model(args))
+    checks.run(lambda: check_model(args, [delta.manifest for delta in deltas]))
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.finish()
     return Plan(
@@ -197,7 +197,7 @@ def _deltas(args: argparse.Namespace, checks: Checks) -> list[Delta]:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)
+    args = flags().parse_args(argv)
     args.command = shlex.join(["editunlearn", "evaluate", *argv])
     console = console_of(args)
     made = plan(args)

@@ -38,8 +38,8 @@ EXAMPLES = """\
   editunlearn export --delta runs/memit --revert --base merged/ --to merged --out restored/"""
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("export", __doc__ or "", EXAMPLES)
     p.add_argument("--delta", type=Path, required=True, help="folder with delta.safetensors and delta.json")
     p.add_argument("--to", choices=("merged", "lora", "delta"), required=True, help="what to write")
@@ -54,7 +54,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--force", action="store_true", help="merge although the base differs from the one that was edited")
     add_model_flags(p, None, "the one that the delta was made on")
     add_run_flags(p)
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)  # before anything heavy is imported
+    args = flags().parse_args(argv)  # before anything heavy is imported
     from editunlearn.deltas.files import load
     from editunlearn.deltas.kinds import compose, written
     from editunlearn.deltas.lowrank import LowRankDelta

@@ -106,14 +106,18 @@ def forget(
         InputError: bad facts, targets or settings.
         NumericalError: a number that is not finite, or a model that would be ruined (``limits``); nothing was written.
     """
-    from editunlearn import methods
+    from editunlearn import editors, methods
     from editunlearn.console import Console
+    from editunlearn.editors import located
     from editunlearn.evaluation import scoring
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.workspace import Workspace
 
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
+    if hp.layers == "located":
+        hp, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
+        console.info(f"layers: {hp.layers} ({why})")
     filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
     again: list[Fact] = []
     if earlier is not None:

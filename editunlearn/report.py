@@ -14,8 +14,8 @@ EXAMPLES = """\
   editunlearn report --runs runs/evaluate/base runs/evaluate/memit other/results.json --out comparison"""
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("report", __doc__ or "", EXAMPLES)
     p.add_argument(
         "--runs",
@@ -29,7 +29,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--title", default="What was forgotten, what stayed", help="of the page")
     p.add_argument("--json", action="store_true", help="names of the files as JSON on standard output")
     p.add_argument("--quiet", action="store_true", help="only warnings and errors")
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)
+    args = flags().parse_args(argv)
     from editunlearn.artifacts import atomic_write_together
     from editunlearn.console import Console
     from editunlearn.evaluation.report import gathering, page

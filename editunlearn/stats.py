@@ -39,11 +39,12 @@ PROBES = 50
 EXAMPLES = """\
   editunlearn stats --hparams memit                              for the layers that memit edits in the demo model
   editunlearn stats --hparams memit --model Qwen/Qwen3-0.6B --layers 3 4 5 --set moments.tokens=200000
+  torchrun --nproc-per-node 4 -m editunlearn.stats --hparams memit   the text is shared by four processes
   editunlearn stats --hparams alphaedit --set moments.text=wiki.txt --cache-dir /data/stats"""
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags."""
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
     p = parser("stats", __doc__ or "", EXAMPLES)
     add_hparams_flags(p)
     add_model_flags(p)
@@ -53,7 +54,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     state.add_argument("--resume", action="store_true", help="go on with interrupted work (the default)")
     state.add_argument("--fresh", action="store_true", help="measure anew even what is in the cache")
     add_run_flags(p)
-    return p.parse_args(argv)
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,11 +71,13 @@ def _with_moments(hp: MethodHParams) -> EditorHParams:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = arguments(argv)  # before anything heavy is imported
+    args = flags().parse_args(argv)  # before anything heavy is imported
     from editunlearn import estimate
     from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.lm.processes import launched
 
     console = console_of(args)
+    console.quiet = console.quiet or not launched().first  # of several processes one speaks
     checks = Checks()
     cache = args.cache_dir or default_cache_dir()
     config = checks.run(lambda: check_model(args))
@@ -97,10 +100,19 @@ def _main(argv: Sequence[str]) -> None:
     if args.dry_run:
         _dry_run(console, args, hp, target)
         return
-    from editunlearn.editors import moments
+    from editunlearn import editors
+    from editunlearn.editors import located, moments
+    from editunlearn.lm.processes import joined
 
-    lm = load_model(args)
-    measured = moments.get(lm, lm.layout.sites(layers), hp.moments, cache, console, fresh=args.fresh)
+    with joined() as here:
+        lm = load_model(args)
+        if args.layers is None:
+            found_layers, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
+            layers = [int(layer) for layer in found_layers.layers] if why else layers
+        sites = lm.layout.sites(layers)
+        measured = moments.get(lm, sites, hp.moments, cache, console, fresh=args.fresh, among=here)
+    if not here.first:
+        return
     found = {name: one.moment for name, one in measured.items()}
     change = _stability(lm, found, hp, cache, console) if args.stability else {}
     rows = []

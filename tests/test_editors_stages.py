@@ -171,7 +171,7 @@ def test_before_norm_moves_the_output_of_the_norm(kind: str) -> None:
     assert float(spread.before_norm(norm, output, torch.zeros(50, 32)).abs().max()) < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "phi", "qwen2_moe"])
 def test_residual_spread_reaches_the_last_block(kind: str, text: str) -> None:
     """With exact constraints what is written makes the last edited block's output the wanted one."""
     lm = tiny.lm(kind)

@@ -270,6 +270,9 @@ def test_registry_of_all_methods() -> None:
 
 
 def test_what_is_trained_is_checked() -> None:
+    with pytest.raises(InputError, match="layers is 'located', which chooses the few blocks of an editor"):
+        load_hparams("npo", set=["layers=located"])
+    assert load_hparams("memit", set=["layers=located"]).layers == "located"
     with pytest.raises(InputError, match="train.modules is .*needs the ends of some names"):
         load_hparams("npo", set=["train.what=modules"])
     with pytest.raises(InputError, match="`what: full` all are trained"):

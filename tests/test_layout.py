@@ -13,18 +13,47 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm import layout as lay
+from editunlearn.lm.hooks import on_output, stack
 
 MODELS: Any = AutoModelForCausalLM
+MIXTURES = ("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe")
 MORE_TYPES = (
     "olmo", "olmo3", "granite", "stablelm", "starcoder2", "cohere", "cohere2", "smollm3", "glm", "glm4",
     "helium", "nemotron", "ministral", "exaone4", "arcee", "seed_oss", "apertus", "hunyuan_v1_dense",
-    "ernie4_5", "codegen", "gpt_neo", "gpt_bigcode", "mpt",
+    "ernie4_5", "codegen", "gpt_neo", "gpt_bigcode", "mpt", *MIXTURES,
 )  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {
     "codegen": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 88, "rotary_dim": 4},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 88},
     "gpt_neo": {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "attention_types": [[["global"], 3]]},
     "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4},
+    **dict.fromkeys(
+        MIXTURES,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 72,
+            "moe_intermediate_size": 88,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+            "moe_layer_start_index": 1,
+            "n_routed_experts": 4,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "n_shared_experts": 1,
+            "moe_num_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
 }
 
 
@@ -65,9 +94,8 @@ def observe(model: nn.Module, layout: lay.Layout, layer: int) -> dict[str, torch
         return hook
 
     names = {"site": layout.site(layer).name, "block": layout.block_name(layer)}
-    post = layout.post_norm_name(layer)
-    if post:
-        names["post"] = post
+    beside = {"post": layout.post_norm_name(layer), "gate": layout.gate_name(layer)}
+    names |= {key: name for key, name in beside.items() if name}
     handles = [lay.module(model, n).register_forward_hook(keep(k), with_kwargs=True) for k, n in names.items()]
     with torch.no_grad():
         model(torch.tensor([[0, 10, 11, 12, 13]]), use_cache=False)
@@ -81,7 +109,7 @@ def test_known_type(model_type: str) -> None:
     model = any_model(model_type)
     layout = lay.layout_of(model)
     assert layout.model_type == model_type
-    assert layout.reason == "known model type"
+    assert layout.reason.startswith("known model type")
     assert layout.num_layers(model) == 3
     for name in (layout.head, layout.embed, layout.block_name(2)):
         lay.module(model, name)
@@ -112,12 +140,30 @@ def test_output_reaches_the_residual_stream_as_the_layout_says(model_type: str) 
     after = observe(model, layout, 1)
     torch.testing.assert_close(after["site.in"], before["site.in"])
     moved = before["site.in"] @ change.T * layout.scales_output
+    if layout.output_gate is not None:
+        moved = moved * before["gate.out"].sigmoid()
     if layout.post_mlp_norm is None:
         torch.testing.assert_close(after["block.out"] - before["block.out"], moved, atol=1e-4, rtol=1e-4)
     else:
         through_norm = after["post.out"] - before["post.out"]
         torch.testing.assert_close(after["block.out"] - before["block.out"], through_norm, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(through_norm, moved, atol=1e-2)
+
+
+@pytest.mark.parametrize("model_type", [*tiny.TYPES, *MORE_TYPES])
+def test_tokens_see_each_other_through_attn_out_alone(model_type: str) -> None:
+    model = any_model(model_type)
+    layout = lay.layout_of(model)
+    names = [layout.attention_name(layer) for layer in range(3)]
+    one, other = torch.tensor([[0, 10, 11, 12]]), torch.tensor([[0, 40, 41, 12]])
+
+    def apart() -> float:
+        with torch.no_grad():
+            return float((model(one).logits - model(other).logits)[0, -1].abs().max())
+
+    assert apart() > 1e-3
+    with stack([on_output(lay.module(model, str(name)), lambda _, out: torch.zeros_like(out)) for name in names]):
+        assert apart() < 1e-6
 
 
 def test_granite_scales_its_mlp_output() -> None:
@@ -193,18 +239,40 @@ def test_structural_fallback() -> None:
     layout = lay.layout_of(model)
     assert layout.site(3) == lay.Site("core.stack.3.think.narrow", 3)
     assert (layout.post_mlp_norm, layout.head, layout.embed) == ("post_mlp_norm", "out", "words")
+    assert layout.attention_name(1) == "core.stack.1.attention.out"
     assert layout.num_layers(model) == 4
     assert "found by structure" in layout.reason and "think.narrow" in layout.reason
 
 
-@pytest.mark.parametrize("model_type", tiny.TYPES)
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_blocks_of_a_mixture_that_are_dense(model_type: str) -> None:
+    layout = lay.layout_of(any_model(model_type))
+    assert layout.dense_layers == {0} and layout.shared_expert
+    names = [site.name for site in layout.sites([0, 1, 2])]
+    shared = [f"model.layers.{i}.mlp.shared_experts.down_proj" for i in (1, 2)]
+    assert names == ["model.layers.0.mlp.down_proj", *shared]
+
+
+def test_a_mixture_whose_blocks_are_not_all_mixtures() -> None:
+    config = tiny.config("qwen2_moe")
+    config.mlp_only_layers = [1]
+    with torch.device("meta"):
+        layout = lay.layout_of(MODELS.from_config(config))
+    assert [site.name.removeprefix("model.layers.") for site in layout.sites([0, 1])] == [
+        "0.mlp.shared_expert.down_proj",
+        "1.mlp.down_proj",
+    ]
+    assert layout.gate_name(0) == "model.layers.0.mlp.shared_expert_gate" and layout.gate_name(1) is None
+
+
+@pytest.mark.parametrize("model_type", [kind for kind in tiny.TYPES if kind != "qwen2_moe"])
 def test_structure_agrees_with_the_table(model_type: str) -> None:
     model: Any = tiny.make(model_type)
     known = lay.layout_of(model)
     model.config.model_type = "nobody-knows"
     found = lay.layout_of(model)
     assert found.model_type == "nobody-knows"
-    for name in ("blocks", "mlp_out", "post_mlp_norm", "head", "embed", "scales_output"):
+    for name in ("blocks", "mlp_out", "attn_out", "post_mlp_norm", "head", "embed", "scales_output"):
         assert getattr(found, name) == getattr(known, name), name
 
 
@@ -274,7 +342,8 @@ def test_real_mixture_of_experts_from_config_and_from_model() -> None:
         ("bert", "is an encoder"),
         ("vit", "no causal language model"),
         ("qwen3_moe", "mixture of experts"),
-        ("deepseek_v3", "mixture of experts"),
+        ("mixtral", "8 experts in each MLP. without a shared one.*Mixtures with shared experts.*qwen2_moe"),
+        ("olmoe", "without a shared one"),
         ("dbrx", "mixture of experts"),
         ("gpt_oss", "mixture of experts"),
     ],

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from editunlearn.lm.chat import Chat
 from editunlearn.lm.layout import layout_of
 from editunlearn.lm.loading import LM
 
@@ -30,6 +31,7 @@ TYPES = (
     "olmo2",
     "bloom",
     "falcon",
+    "qwen2_moe",
 )
 VOCAB = 400
 
@@ -74,6 +76,13 @@ def config(model_type: str, *, vocab_size: int = VOCAB, layers: int = 3, hidden:
         "gemma2": {**named, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
         "gemma3_text": {**named, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16},
         "qwen3": {**named, "head_dim": 8},
+        "qwen2_moe": {
+            **named,
+            "shared_expert_intermediate_size": inner,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     }
     return AutoConfig.for_model(model_type, **{**common, **kinds.get(model_type, named)})
 
@@ -156,6 +165,7 @@ def taught_lm(
     model_type: str = "llama",
     *,
     chat: bool = False,
+    system: str | None = None,
     steps: int = 400,
     layers: int = 3,
     hidden: int = 48,
@@ -166,6 +176,7 @@ def taught_lm(
     Args:
         facts: (prompt, answer). One space joins them, unless the answer brings its own. With ``chat``
             the prompt is the user's turn.
+        system: prompt that it is taught behind, with ``chat``; the model keeps it.
         steps: upper limit; training stops as soon as every token of every answer, and the end token
             behind it, has a probability above 0.9.
 
@@ -173,6 +184,7 @@ def taught_lm(
         AssertionError: the answers were not learnt within ``steps``.
     """
     taught = lm(model_type, chat=chat, layers=layers, hidden=hidden, seed=seed)
+    taught.chat = Chat(system)
     rows = [_ids(taught, prompt, answer) for prompt, answer in facts]
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), taught.pad_id)
@@ -215,9 +227,10 @@ def _train(lm: LM, optimizer: Any, ids: Any, mask: Any, labels: Any, steps: int)
 def _ids(taught: LM, prompt: str, answer: str) -> tuple[list[int], int]:
     """Token ids of prompt, answer and end token, and where the answer starts."""
     if taught.has_chat:
-        text = taught.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": prompt}]
+        if taught.chat.system is not None:
+            turns.insert(0, {"role": "system", "content": taught.chat.system})
+        text = taught.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         head, end = taught.tokenizer(text, add_special_tokens=False)["input_ids"], "<|end|>"
     else:
         head, end = taught.tokenizer(prompt)["input_ids"], "</s>"

@@ -126,7 +126,9 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 def base_of(lm: LoadedModel) -> BaseModelRecord:
     """The model that a delta is made for."""
     config: Any = lm.model.config
-    return BaseModelRecord(name=lm.name, revision=lm.revision, model_type=config.model_type)
+    chat = getattr(lm, "chat", None)
+    how = chat.record() if chat is not None else None
+    return BaseModelRecord(name=lm.name, revision=lm.revision, model_type=config.model_type, chat=how)
 
 
 def base_site(lm: LoadedModel, name: str) -> dict[str, Any]:

@@ -70,6 +70,9 @@ class BaseModelRecord(_Record):
     name: str = Field(description="Hub id or path the model was loaded from.")
     revision: str | None = Field(default=None, description="Commit or branch; null when not known.")
     model_type: str = Field(description="config.model_type, for example 'llama'.")
+    chat: dict[str, Any] | None = Field(
+        default=None, description="System prompt and arguments of the chat template; null: the template's own."
+    )
 
 
 class BaseSite(_Record):

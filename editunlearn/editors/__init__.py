@@ -125,10 +125,12 @@ def run(
     """Like :func:`fit`, with the past keys that a next edit needs."""
     from editunlearn.console import Console
     from editunlearn.deltas.kinds import compose
+    from editunlearn.editors import located
     from editunlearn.editors.past import PastKeys
     from editunlearn.hparams import EditorHParams, MemoryHParams, resolved
     from editunlearn.workspace import Workspace
 
+    hp, _ = located.settled(lm, hp, cache, module(hp.method).DEFAULT_LAYERS)
     console, work, past = console or Console(quiet=True), work or Workspace(None, {}), past or PastKeys()
     if earlier is not None:
         if past.keys:

@@ -16,6 +16,7 @@ from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, StaleError, UnsupportedError
 from editunlearn.facts.readers import comparable
 from editunlearn.facts.records import Fact
+from editunlearn.lm.chat import Chat
 
 if TYPE_CHECKING:
     from editunlearn.hparams import MethodHParams
@@ -176,11 +177,16 @@ class Earlier:
         """The model is the one that these edits were made for.
 
         Raises:
-            InputError: it has other modules. StaleError: other weights, or another dtype.
+            InputError: it has other modules. StaleError: other weights, another dtype, or another way to ask.
         """
         from editunlearn.deltas.arithmetic import dtype_name
 
         check_base(self.delta, lm)
+        if Chat.of(self.delta.manifest.base.chat) != lm.chat:
+            raise StaleError(
+                f"{self.where}: made with another system prompt or other arguments of the chat template than this "
+                "model is loaded with."
+            )
         found = {dtype_name(lm.dtype)}
         wanted = self.dtypes()
         if wanted and found != wanted:

@@ -17,6 +17,7 @@ from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.batching import by_length, chunks
 from editunlearn.lm.fingerprint import model_fingerprint
+from editunlearn.lm.processes import Processes
 from editunlearn.lm.windows import windows
 from editunlearn.numerics import solve
 from editunlearn.numerics.moments import SecondMoment
@@ -39,11 +40,13 @@ the sums of a large model take seconds, those of a small one next to nothing."""
 
 
 def tokenizer_hash(lm: LM) -> str:
-    """Hash of what the tokenizer does with a text of many kinds of characters, its size and its chat template."""
+    """Hash of what the tokenizer does with a text of many kinds of characters, its size, and how it is used to chat."""
     probe = "The café's 3rd menu: naïve, 数学, Ωmega <b>42</b>\n\tdef f(x): return x**2  # end"
     ids = lm.tokenizer(probe)["input_ids"]
     template = getattr(lm.tokenizer, "chat_template", None)
-    return hashlib.sha256(repr((list(ids), len(lm.tokenizer), template)).encode()).hexdigest()[:16]
+    how = lm.chat.record()  # appended only where it says something, so that hashes made without it stay good
+    seen = (list(ids), len(lm.tokenizer), template, *([how] if how else []))
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def pieces(lm: LM, sites: Sequence[Site], hp: Moments) -> list[list[int]]:
@@ -76,15 +79,25 @@ class SiteMoment:
 
 
 def get(
-    lm: LM, sites: Sequence[Site], hp: Moments, cache: Path | None, console: Console, *, fresh: bool = False
+    lm: LM,
+    sites: Sequence[Site],
+    hp: Moments,
+    cache: Path | None,
+    console: Console,
+    *,
+    fresh: bool = False,
+    among: Processes | None = None,
 ) -> dict[str, SiteMoment]:
     """``C`` (d_in, d_in) float32 of each site: from the cache where it is there, the rest measured in one pass.
+
+    Args:
+        among: processes that share the text; each gets the whole result, and the first of a machine keeps it.
 
     Raises:
         InputError: the text has no tokens at all.
         NumericalError: a moment is not finite.
     """
-    windows_of_text = pieces(lm, sites, hp)
+    windows_of_text, among = pieces(lm, sites, hp), among or Processes()
     inputs = {
         "model": model_fingerprint(lm),
         "dtype": str(lm.dtype),
@@ -93,16 +106,19 @@ def get(
     }
     stores = {s.name: Workspace(_root(cache), {**inputs, "site": s.name}, fresh=fresh) for s in sites}
     found = {name: kept["moment"] for name, store in stores.items() if (kept := store.get("moment"))}
-    missing = [s for s in sites if s.name not in found]
+    lacking = among.union([s.name for s in sites if s.name not in found])  # processes may have caches of their own
+    missing = [s for s in sites if s.name in lacking]
     if not missing:
         console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, windows_of_text)):,} tokens each")
         return {name: SiteMoment(moment, stores[name]) for name, moment in found.items()}
-    partial = Workspace(_root(cache), {**inputs, "sites": [s.name for s in missing]}, fresh=fresh)
-    for name, moment in _measure(lm, missing, windows_of_text, partial, console).items():
+    share = {"share": [among.rank, among.world]} if among.world > 1 else {}
+    partial = Workspace(_root(cache), {**inputs, **share, "sites": [s.name for s in missing]}, fresh=fresh)
+    for name, moment in _measure(lm, missing, windows_of_text, partial, console, among).items():
         if not torch.isfinite(moment).all():
             partial.remove()
             raise NumericalError(f"{lm.name}: the second moment of {name} is not finite; nothing was kept.")
-        stores[name].put("moment", {"moment": moment})
+        if among.local_rank == 0:
+            stores[name].put("moment", {"moment": moment})
         found[name] = moment
     partial.remove()
     return {name: SiteMoment(moment, stores[name]) for name, moment in found.items()}
@@ -113,10 +129,15 @@ def _root(cache: Path | None) -> Path | None:
 
 
 def _measure(
-    lm: LM, sites: Sequence[Site], pieces: list[list[int]], partial: Workspace, console: Console
+    lm: LM,
+    sites: Sequence[Site],
+    pieces: list[list[int]],
+    partial: Workspace,
+    console: Console,
+    among: Processes,
 ) -> dict[str, Tensor]:
     sums: dict[str, SecondMoment] = {}
-    batches = _batches(pieces)
+    batches = among.share(_batches(pieces))
     done, saved, writing = 0, time.monotonic(), 0.0
     if kept := partial.get("partial"):
         done = int(kept["batches"])
@@ -134,7 +155,16 @@ def _measure(
                 partial.put("partial", {**state, **counts})
                 saved = time.monotonic()
                 writing = saved - began
-    return {name: running.mean().float().cpu() for name, running in sums.items()}
+    return {site.name: _of_all(lm, site, sums, among).mean().float().cpu() for site in sites}
+
+
+def _of_all(lm: LM, site: Site, sums: dict[str, SecondMoment], among: Processes) -> SecondMoment:
+    """The sum over all processes, each of which may have had nothing to add."""
+    weight = lm.layout.read_weight(lm.model, site.name)
+    whole = sums.get(site.name, SecondMoment(weight.shape[1], weight.device))
+    whole.total = among.add(whole.total.to(weight.device))
+    whole.count = int(among.add(torch.tensor(whole.count, device=weight.device)))
+    return whole
 
 
 def _batches(pieces: Sequence[list[int]]) -> list[list[list[int]]]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
 
+LEAST_GATE = 0.05
+"""A gate that is closed further than this is not worked against: the change would have to be immense."""
+
 Spread = Literal["joint", "residual"]
 
 
@@ -41,9 +44,12 @@ def residuals(lm: LM, sites: Sequence[Site], number: int, rows: Sequence[Row], f
     if spread == "joint":
         return found.change[:, number]
     block = lm.layout.block_name(sites[-1].layer)
-    now = outputs_at_lookup(lm, rows, [block, sites[number].name])
+    gate = lm.layout.gate_name(sites[number].layer)
+    now = outputs_at_lookup(lm, rows, [block, sites[number].name, *([gate] if gate else [])])
     missing = found.clean[:, 0] + found.change[:, 0] - now[block]
     share = missing / ((len(sites) - number) * lm.layout.scales_output)
+    if gate is not None:
+        share = share / now[gate].sigmoid().clamp(min=LEAST_GATE)
     norm_name = lm.layout.post_norm_name(sites[number].layer)
     if norm_name is None:
         return share

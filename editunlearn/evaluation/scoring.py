@@ -146,7 +146,9 @@ def measure(
         text: windows of token ids for the perplexity.
     """
     beside = [
-        Asked(wrap(lm, n.prompt, (0, 0), question=False), n.prompt, (n.answer,)) for f in facts for n in f.neighbors
+        Asked(wrap(lm, n.prompt, (0, 0), question=n.prompt.endswith("?")), n.prompt, (n.answer,))
+        for f in facts
+        for n in f.neighbors
     ]
     parts = [
         [asked(lm, f) for f in facts],

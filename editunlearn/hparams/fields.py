@@ -18,7 +18,7 @@ def _number(value: Any) -> Any:
 
 def _layers(value: Any) -> Any:
     """Only one meaning per list: block numbers (ints) or depths (floats), each list in ascending order."""
-    if value == "auto":
+    if value in ("auto", "located"):
         return value
     layers = [_number(layer) for layer in value] if isinstance(value, list | tuple) else []
     if layers and all(type(layer) is int and layer >= 0 for layer in layers):
@@ -27,7 +27,7 @@ def _layers(value: Any) -> Any:
         kind = "depths"
     else:
         raise ValueError(
-            f"layers is {value!r}; it must be auto, or block numbers such as [4, 5, 6], "
+            f"layers is {value!r}; it must be auto, located, or block numbers such as [4, 5, 6], "
             "or depths from 0.0 to 1.0 such as [0.3, 0.5], not both in one list."
         )
     if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
@@ -63,9 +63,11 @@ Strength = Annotated[
 ]
 Tokens = Annotated[Literal["auto"] | int, _count("moments.tokens"), _COUNT]
 Layers = Annotated[
-    Literal["auto"] | list[int | float],
+    Literal["auto", "located"] | list[int | float],
     BeforeValidator(_layers),
-    Field(json_schema_extra={"allowed": "auto, or a list of block numbers, or a list of depths from 0.0 to 1.0"}),
+    Field(
+        json_schema_extra={"allowed": "auto, located, or a list of block numbers, or a list of depths from 0.0 to 1.0"}
+    ),
 ]
 
 

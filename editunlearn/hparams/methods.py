@@ -20,7 +20,11 @@ class MethodHParams(Piece):
     """What every method has."""
 
     method: str = Field(description="Name of the method.")
-    layers: Layers = Field(default="auto", description="Blocks whose MLP output projection is edited.")
+    layers: Layers = Field(
+        default="auto",
+        description="Blocks whose MLP output projection is edited. auto: by depth, the same for every model. located: "
+        "as many neighbours, where `editunlearn locate` found the largest effects in these very weights.",
+    )
     seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
     batch_tokens: Whole = Field(
         default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
@@ -108,6 +112,16 @@ class UnlearnerHParams(MethodHParams):
     limits: pieces.ChangeLimits = Field(
         default_factory=pieces.ChangeLimits, description="What stops a run before it ruins the model."
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _not_located(cls, layers: Any) -> Any:
+        if layers == "located":
+            raise ValueError(
+                "layers is 'located', which chooses the few blocks of an editor; for an unlearner it must be auto, "
+                "or a list of block numbers or depths."
+            )
+        return layers
 
     def auto_layers(self, count: int) -> list[int]:
         """What ``layers: auto`` stands for in a model of that many blocks."""

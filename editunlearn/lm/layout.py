@@ -45,10 +45,15 @@ class Site:
 class Layout:
     """Module names of one model, and what happens to the MLP output before it reaches the residual stream.
 
-    ``mlp_out`` and ``post_mlp_norm`` are relative to a block, all other names to the model.
+    ``mlp_out``, ``dense_out``, ``attn_out``, ``output_gate`` and ``post_mlp_norm`` are relative to a block,
+    all other names to the model; None where the model has no such module.
 
     Attributes:
-        post_mlp_norm: norm that the MLP output passes before it is added to the residual stream; None: there is none.
+        attn_out: last linear map of a block's attention. Nothing edits it; tracing reads and restores its output.
+        post_mlp_norm: norm that the MLP output passes before it is added to the residual stream.
+        dense_out, dense_layers: of a mixture of experts, the same projection in the blocks whose MLP is a plain one.
+        output_gate: linear map whose sigmoid, one number a token, scales the MLP output (shared expert of Qwen2-MoE).
+        shared_expert: ``mlp_out`` is that of an expert that all tokens pass; the routed ones beside it are left alone.
         scales_output: factor on the MLP output when it is added to the residual stream (Granite).
         reason: how the names were found.
     """
@@ -56,6 +61,11 @@ class Layout:
     model_type: str
     blocks: str = "model.layers"
     mlp_out: str = "mlp.down_proj"
+    dense_out: str | None = None
+    dense_layers: frozenset[int] = frozenset()
+    output_gate: str | None = None
+    shared_expert: bool = False
+    attn_out: str | None = "self_attn.o_proj"
     post_mlp_norm: str | None = None
     head: str = "lm_head"
     embed: str = "model.embed_tokens"
@@ -72,11 +82,22 @@ class Layout:
 
     def site(self, layer: int) -> Site:
         """The MLP output projection of a block. The number is not checked here: see ``resolve_layers``."""
-        return Site(f"{self.block_name(layer)}.{self.mlp_out}", layer)
+        out = self.dense_out if layer in self.dense_layers else self.mlp_out
+        return Site(f"{self.block_name(layer)}.{out}", layer)
 
     def sites(self, layers: Sequence[int]) -> list[Site]:
         """The MLP output projections of several blocks, in the given order."""
         return [self.site(layer) for layer in layers]
+
+    def gate_name(self, layer: int) -> str | None:
+        """Full name of the map whose sigmoid scales the MLP output; None where nothing does."""
+        if self.output_gate is None or layer in self.dense_layers:
+            return None
+        return f"{self.block_name(layer)}.{self.output_gate}"
+
+    def attention_name(self, layer: int) -> str | None:
+        """Full name of the output projection of a block's attention; None where it is not known."""
+        return None if self.attn_out is None else f"{self.block_name(layer)}.{self.attn_out}"
 
     def post_norm_name(self, layer: int) -> str | None:
         """Full name of the norm between the MLP output and the residual stream; None where there is none."""
@@ -110,6 +131,10 @@ _POST_NORMS = {
     "post_feedforward_layernorm": "gemma2 gemma3_text gemma3 vaultgemma olmo2 olmo3 exaone4",
     "post_mlp_layernorm": "glm4",
 }
+_SHARED_EXPERTS = {
+    "shared_expert": "qwen2_moe",
+    "shared_experts": "deepseek_v2 deepseek_v3 dots1 ernie4_5_moe glm4_moe",
+}
 
 
 def _table() -> dict[str, Layout]:
@@ -117,6 +142,7 @@ def _table() -> dict[str, Layout]:
         "gpt2",
         blocks="transformer.h",
         mlp_out="mlp.c_proj",
+        attn_out="attn.c_proj",
         embed="transformer.wte",
     )
     rows = [
@@ -126,38 +152,60 @@ def _table() -> dict[str, Layout]:
             blocks="model.language_model.layers",
             embed="model.language_model.embed_tokens",
         ),
+        *(
+            Layout(
+                name,
+                mlp_out=f"mlp.{expert}.down_proj",
+                dense_out="mlp.down_proj",
+                shared_expert=True,
+                output_gate="mlp.shared_expert_gate" if expert == "shared_expert" else None,
+                reason="known model type; its shared experts are edited, which all tokens pass, no routed ones",
+            )
+            for expert, names in _SHARED_EXPERTS.items()
+            for name in names.split()
+        ),
         Layout("starcoder2", mlp_out="mlp.c_proj"),
-        Layout("phi", mlp_out="mlp.fc2"),
+        Layout("phi", mlp_out="mlp.fc2", attn_out="self_attn.dense"),
         Layout(
             "opt",
             blocks="model.decoder.layers",
             mlp_out="fc2",
+            attn_out="self_attn.out_proj",
             embed="model.decoder.embed_tokens",
         ),
         Layout(
             "gpt_neox",
             blocks="gpt_neox.layers",
             mlp_out="mlp.dense_4h_to_h",
+            attn_out="attention.dense",
             head="lm_head",
             embed="gpt_neox.embed_in",
         ),
         gpt2,
-        replace(gpt2, model_type="gpt_neo"),
+        replace(gpt2, model_type="gpt_neo", attn_out="attn.attention.out_proj"),
         replace(gpt2, model_type="gpt_bigcode"),
-        replace(gpt2, model_type="gptj", mlp_out="mlp.fc_out"),
-        replace(gpt2, model_type="codegen", mlp_out="mlp.fc_out"),
+        replace(gpt2, model_type="gptj", mlp_out="mlp.fc_out", attn_out="attn.out_proj"),
+        replace(gpt2, model_type="codegen", mlp_out="mlp.fc_out", attn_out="attn.out_proj"),
         replace(
             gpt2,
             model_type="bloom",
             mlp_out="mlp.dense_4h_to_h",
+            attn_out="self_attention.dense",
             embed="transformer.word_embeddings",
         ),
-        replace(gpt2, model_type="falcon", mlp_out="mlp.dense_4h_to_h", embed="transformer.word_embeddings"),
+        replace(
+            gpt2,
+            model_type="falcon",
+            mlp_out="mlp.dense_4h_to_h",
+            attn_out="self_attention.dense",
+            embed="transformer.word_embeddings",
+        ),
         replace(
             gpt2,
             model_type="mpt",
             blocks="transformer.blocks",
             mlp_out="ffn.down_proj",
+            attn_out="attn.out_proj",
         ),
     ]
     norms = {name: norm for norm, names in _POST_NORMS.items() for name in names.split()}
@@ -167,6 +215,15 @@ def _table() -> dict[str, Layout]:
 def known_types() -> list[str]:
     """The model types of the table, sorted; other types are tried by structure."""
     return sorted(_table())
+
+
+def table_row(model_type: str) -> Layout:
+    """Module names of a known model type, before a look at a model.
+
+    Raises:
+        KeyError: not in the table.
+    """
+    return _table()[model_type]
 
 
 def _see_known() -> str:
@@ -190,6 +247,7 @@ def context_length(config: Any) -> int | None:
 
 # Blocks of these types have no MLP, or mix it into a state-space layer.
 _NO_MLP = ("mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "reformer", "cpmant", "xlnet")
+_SHARED_COUNTS = "shared_expert_intermediate_size n_shared_experts moe_num_shared_experts".split()
 _EXPERT_COUNTS = "num_local_experts num_experts n_routed_experts moe_num_experts num_routed_experts".split()
 
 
@@ -217,7 +275,8 @@ def check_config(config: Any) -> None:
             f"model type {kind!r} is an encoder-decoder; only decoders can be edited. {_see_known()}"
         )
     experts = _expert_count(text)
-    if experts > 1:
+    shared = kind in _mixtures() and any(getattr(text, key, None) for key in _SHARED_COUNTS)
+    if experts > 1 and not shared:
         raise UnsupportedError(_moe_message(kind, f"{experts} experts in each MLP"))
     if kind in known_types():
         return
@@ -234,10 +293,16 @@ def check_config(config: Any) -> None:
         raise UnsupportedError(f"model type {kind!r} is no causal language model of transformers. {_see_known()}")
 
 
+def _mixtures() -> list[str]:
+    return sorted(name for names in _SHARED_EXPERTS.values() for name in names.split())
+
+
 def _moe_message(kind: str, what: str) -> str:
     return (
-        f"model type {kind!r} is a mixture of experts ({what}): which weights a fact passes through depends "
-        f"on the routing, so there is no one MLP output projection to edit. {_see_known()}"
+        f"model type {kind!r} is a mixture of experts ({what}) without a shared one: which weights a fact passes "
+        "through depends on the routing, which differs from wording to wording, so there is no one MLP output "
+        f"projection to edit. Mixtures with shared experts, which all tokens pass: {', '.join(_mixtures())}. "
+        f"{_see_known()}"
     )
 
 
@@ -263,7 +328,7 @@ def layout_of(model: nn.Module, config: Any = None) -> Layout:
         if missing:
             row = replace(row, reason=f"no module {missing!r} in this {kind}; {row.reason}")
     row = _adapted(row, model, config)
-    for block in module(model, row.blocks).children():
+    for block in () if row.shared_expert else module(model, row.blocks).children():
         if (expert := expert_in(block)) is not None:
             raise UnsupportedError(_moe_message(kind, f"{expert} in its blocks"))
     return row
@@ -287,17 +352,32 @@ def _by_structure(model: nn.Module, config: Any, kind: str) -> Layout:
 def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
     """What differs between checkpoints of one model type."""
     multiplier = getattr(text_config(config), "residual_multiplier", None) if config is not None else None
-    post = row.post_norm_name(0)
+    post, attention = row.post_norm_name(0), row.attention_name(0)
     return replace(
         row,
+        dense_layers=_dense_layers(row, model),
+        attn_out=row.attn_out if attention and find(model, attention) else None,
         scales_output=float(multiplier) if isinstance(multiplier, (int, float)) else row.scales_output,
         head=row.head if find(model, row.head) else str(output_head(model)),
         post_mlp_norm=row.post_mlp_norm if post and find(model, post) else None,
     )
 
 
+def _all_sites(row: Layout, model: nn.Module) -> list[Site]:
+    """The sites of all blocks of a mixture, whose blocks may differ; else of the first, which is like the others."""
+    blocks = find(model, row.blocks)
+    return row.sites(range(len(blocks) if row.shared_expert and isinstance(blocks, nn.ModuleList) else 1))
+
+
+def _dense_layers(row: Layout, model: nn.Module) -> frozenset[int]:
+    """Blocks of a mixture that have the plain projection."""
+    plain = [replace(site, name=f"{row.block_name(site.layer)}.{row.dense_out}") for site in _all_sites(row, model)]
+    return frozenset(site.layer for site in plain if row.dense_out and find(model, site.name) is not None)
+
+
 def _missing(row: Layout, model: nn.Module) -> str | None:
-    names = (row.blocks, row.site(0).name, row.embed)
+    row = replace(row, dense_layers=_dense_layers(row, model))
+    names = (row.blocks, *(site.name for site in _all_sites(row, model)), row.embed)
     missing = next((name for name in names if find(model, name) is None), None)
     # GPT-NeoX called its head embed_out in earlier versions of transformers: the name alone proves nothing.
     return missing or (row.head if find(model, row.head) is None and output_head(model) is None else None)
@@ -312,7 +392,8 @@ def resolve_layers(
     """Block numbers for the ``layers`` field.
 
     Args:
-        spec: ``auto``, or a list of block numbers (ints, 0 is the first) and depths (floats from 0 to 1, where
+        spec: ``auto``, ``located`` (whose blocks are known only with the weights: until then those of ``auto``), or
+            a list of block numbers (ints, 0 is the first) and depths (floats from 0 to 1, where
             0.5 is the middle).
         n_layers: number of blocks of the model.
         default: what ``auto`` stands for, in the same notation.
@@ -324,10 +405,10 @@ def resolve_layers(
         InputError: not a list of numbers, out of range, or a block number given twice.
     """
     if isinstance(spec, str):
-        if spec != "auto":
-            raise InputError(f"layers: {spec!r} is neither 'auto' nor a list such as [3, 4] or [0.2].")
+        if spec not in ("auto", "located"):
+            raise InputError(f"layers: {spec!r} is neither 'auto' nor 'located' nor a list such as [3, 4] or [0.2].")
         layers, why = resolve_layers(default, n_layers, default)
-        return layers, f"auto: {why}"
+        return layers, f"auto: {why}" if spec == "auto" else "located: known when the weights are; as many as these"
     problems: list[str] = []
     numbers: set[int] = set()
     depths: list[int] = []

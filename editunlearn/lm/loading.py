@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from editunlearn.errors import InputError
+from editunlearn.lm.chat import Chat
 from editunlearn.lm.converted import demo_folder, dtype_name, gguf_folder
 from editunlearn.lm.fingerprint import fingerprint, model_fingerprint
 from editunlearn.lm.layout import Layout, check_config, known_types, layout_of
@@ -59,6 +60,7 @@ class LM:
         revision: hub commit or branch, None when the default was taken or there is none.
         dtype_reason: why the weights are in this dtype, for the header of a command.
         device_reason: the same for the device.
+        chat: how it is spoken to, when it has a chat template.
     """
 
     model: PreTrainedModel
@@ -69,6 +71,7 @@ class LM:
     source: SourceKind = "path"
     dtype_reason: str = ""
     device_reason: str = field(default="")
+    chat: Chat = field(default_factory=Chat)
 
     @property
     def device(self) -> torch.device:
@@ -89,13 +92,13 @@ class LM:
 
     @property
     def has_chat(self) -> bool:
-        """True when the tokenizer has a chat template."""
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        """True when the tokenizer has a chat template, and it is used."""
+        return self.chat.on and bool(getattr(self.tokenizer, "chat_template", None))
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
         """The token that ends the assistant's turn in the chat template; None where there is none."""
-        return _end_of_turn(self.tokenizer) if self.has_chat else None
+        return _end_of_turn(self.tokenizer, self.chat) if self.has_chat else None
 
     @property
     def eos_ids(self) -> set[int]:
@@ -146,13 +149,12 @@ class LM:
         return int(bos)
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> int | None:
     """Reads it off the template: the added token right behind what the assistant says."""
     mark = "ANSWER"
-    talk = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": mark}]
     try:
-        text = str(tokenizer.apply_chat_template(talk, tokenize=False))
-    except Exception:  # templates raise what they like (jinja errors, missing fields); then EOS is all that is known
+        text = chat.render(tokenizer, "QUESTION", mark)
+    except InputError:  # then EOS is all that is known
         return None
     if mark not in text:
         return None
@@ -171,6 +173,7 @@ def load(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    chat: Chat | None = None,
 ) -> LM:
     """Load a model for editing, in eval mode.
 
@@ -183,6 +186,7 @@ def load(
         cache_dir: where GGUF files are kept once decoded; default ``default_cache_dir()``. Hub files stay in
             the Hugging Face cache.
         tokenizer: another tokenizer: a hub id, a folder, or the object.
+        chat: system prompt and arguments of the chat template, or to leave it out.
 
     Raises:
         InputError: before any weight is read: name, dtype, device, tokenizer or architecture will not do.
@@ -204,6 +208,8 @@ def load(
         reader = Source("path", str(folder))
         options = read_options(reader, None)
     words = _tokenizer(reader, tokenizer, options)
+    chat = chat or Chat()
+    chat.check(words, str(name))
     model = _weights(reader, wanted, device_map, options)
     if isinstance(device, torch.device):
         model.to(device)
@@ -216,6 +222,7 @@ def load(
         source=source.kind,
         dtype_reason=_dtype_reason(source, wanted, model.dtype),
         device_reason=_device_reason(device_map, model),
+        chat=chat,
     )
 
 
@@ -229,6 +236,14 @@ def check_options(dtype: str, device_map: str | None) -> None:
             problems += error.problems
     if problems:
         raise InputError(problems)
+
+
+def check_chat(name: str, revision: str | None, chat: Chat) -> None:
+    """Raise InputError where a model's chat template does not do what is asked of it; no weight is read."""
+    source = resolve_source(name)
+    if source.kind in ("demo", "gguf") or chat == Chat():
+        return  # their tokenizers come with the converted weights; ``load`` checks them before it reads those
+    chat.check(_tokenizer(source, None, read_options(source, revision)), name)
 
 
 def asked_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -18,6 +18,7 @@ class Found:
 
     blocks: str
     mlp_out: str
+    attn_out: str | None
     post_mlp_norm: str | None
     head: str
     embed: str
@@ -28,7 +29,8 @@ def expert_in(block: nn.Module) -> str | None:
     """Class name of the first router or group of experts inside a block; None for a dense block."""
     for name, child in block.named_modules():
         kind = type(child).__name__.lower()
-        if name and (name.rpartition(".")[2] in ("experts", "router") or "moe" in kind or "experts" in kind):
+        named = "moe" in kind and not any(word in kind for word in (*_MIXERS, "norm"))  # Qwen2MoeAttention has none
+        if name and (name.rpartition(".")[2] in ("experts", "router") or named or "experts" in kind):
             return type(child).__name__
     return None
 
@@ -73,6 +75,7 @@ def search(model: nn.Module, hidden: int) -> Found:
     return Found(
         blocks=blocks_name,
         mlp_out=mlp_out,
+        attn_out=_attn_out(blocks[0], hidden),
         post_mlp_norm=post[-1] if post else None,
         head=head,
         embed=embed,
@@ -104,6 +107,13 @@ def _mlp_out(block: nn.Module, hidden: int) -> str | None:
         if way_in and (best is None or inner >= best[0]):
             best = (inner, name)
     return best[1] if best else None
+
+
+def _attn_out(block: nn.Module, hidden: int) -> str | None:
+    """The last linear map of the attention, which leads back to the hidden size."""
+    linear = [(name, width) for name, child in block.named_modules() if (width := _width(child)) is not None]
+    found = [name for name, (_, outer) in linear if outer == hidden and "att" in name.lower()]
+    return found[-1] if found else None
 
 
 def output_head(model: nn.Module) -> str | None:

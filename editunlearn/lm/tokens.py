@@ -63,8 +63,9 @@ def wrap(lm: LM, text: str, subject: tuple[int, int], *, question: bool, prefix:
     before the text (inside the user's turn when there is one).
     """
     if question and lm.has_chat:
-        whole = _templated(lm, prefix + text)
-        head = _templated(lm, MARK).partition(MARK)[0]  # the text may stand in the template's own words as well
+        whole = lm.chat.render(lm.tokenizer, prefix + text)
+        # The text may stand in the template's own words as well, so that it is not looked for.
+        head = lm.chat.render(lm.tokenizer, MARK).partition(MARK)[0]
         if not whole.startswith(head + prefix + text):
             raise InputError(
                 f"the chat template of {lm.name} changes the user's text; it cannot be located in {whole!r}"
@@ -74,11 +75,6 @@ def wrap(lm: LM, text: str, subject: tuple[int, int], *, question: bool, prefix:
     before, after = PLAIN_QUESTION if question else ("", "")
     offset = len(prefix) + len(before)
     return Prompt(prefix + before + text + after, (offset + subject[0], offset + subject[1]))
-
-
-def _templated(lm: LM, text: str) -> str:
-    turn = [{"role": "user", "content": text}]
-    return str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
 def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") -> tuple[list[int], int]:
@@ -92,20 +88,39 @@ def encode_prompt(lm: LM, prompt: Prompt, subject_token: SubjectToken = "last") 
         if subject_token != "prompt_last":
             raise ValueError(f"the tokens of {prompt.text!r} are given; {subject_token!r} cannot be found among them")
         return list(prompt.ids), len(prompt.ids) - 1
-    encoded = lm.tokenizer(prompt.text, add_special_tokens=not prompt.templated, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    ids, offsets = _without_eos(lm, ids, offsets)
+    ids, offsets = _with_offsets(lm, prompt)
     if subject_token == "prompt_last":
         return ids, len(ids) - 1
-    start, end = prompt.subject
-    inside = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
-    if not inside:
-        raise InputError(f"no token of {prompt.text!r} covers its subject {prompt.text[start:end]!r}")
+    inside = _inside(prompt, offsets)
     if subject_token == "last_word":
+        start, end = prompt.subject
         own = [prompt.text[max(offsets[i][0], start) : min(offsets[i][1], end)] for i in inside]
         words = [i for i, text in zip(inside, own, strict=True) if any(c.isalnum() for c in text)]
         return ids, (words or inside)[-1]
     return ids, inside[-1] if subject_token == "last" else inside[0]
+
+
+def subject_tokens(lm: LM, prompt: Prompt) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and the indices of all tokens of its subject.
+
+    Raises:
+        InputError: the tokenizer gives no token for the subject.
+    """
+    ids, offsets = _with_offsets(lm, prompt)
+    return ids, _inside(prompt, offsets)
+
+
+def _with_offsets(lm: LM, prompt: Prompt) -> tuple[list[int], list[tuple[int, int]]]:
+    encoded = lm.tokenizer(prompt.text, add_special_tokens=not prompt.templated, return_offsets_mapping=True)
+    return _without_eos(lm, list(encoded["input_ids"]), encoded["offset_mapping"])
+
+
+def _inside(prompt: Prompt, offsets: list[tuple[int, int]]) -> list[int]:
+    start, end = prompt.subject
+    inside = [i for i, (a, b) in enumerate(offsets) if b > a and a < end and b > start]
+    if not inside:
+        raise InputError(f"no token of {prompt.text!r} covers its subject {prompt.text[start:end]!r}")
+    return inside
 
 
 def _without_eos(lm: LM, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:

@@ -109,7 +109,7 @@ def parts(lm: LM, data: Request) -> list[Part]:
             found = (_variant(lm, fact, variant) for fact, variant in variants)
             asked[ATTACK + name] = [p for p in dict.fromkeys(found) if p is not None]  # two splits may be the same
     kept = {
-        "neighbors": [_neighbor(n.prompt, n.answer) for f in facts for n in f.neighbors],
+        "neighbors": [_neighbor(lm, n.prompt, n.answer) for f in facts for n in f.neighbors],
         "retain": [probe(lm, f, f.prompt) for f in data.retain],
         "heldout": [probe(lm, f, f.prompt) for f in data.heldout],
     }
@@ -192,8 +192,8 @@ def _opening(text: str) -> Probe:
     return Probe(Prompt(shown, (0, len(shown))), shown, "")
 
 
-def _neighbor(text: str, answer: str) -> Probe:
-    return Probe(Prompt(text, (0, 0)), text, answer)
+def _neighbor(lm: LM, text: str, answer: str) -> Probe:
+    return Probe(wrap(lm, text, (0, 0), question=text.endswith("?")), text, answer)
 
 
 def _editing(measured: Measured) -> dict[str, Value]:

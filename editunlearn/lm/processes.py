@@ -1,0 +1,93 @@
+"""Several processes at one piece of work, started by torchrun or by Slurm's srun; one process needs none of this."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PORTS = (29500, 1000)
+"""Where the processes of a Slurm job meet: the first port, and how many of them; the job's number chooses."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The place of this process among those that share the work.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+        local_rank: its number among those on the same machine, which is that of its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every ``world``-th item, beginning with number ``rank``."""
+        return items[self.rank :: self.world]
+
+    def union(self, mine: Sequence[str]) -> set[str]:
+        """All that any process names."""
+        if self.world == 1:
+            return set(mine)
+        from torch import distributed
+
+        every: list[Any] = [None] * self.world
+        distributed.all_gather_object(every, list(mine))
+        return {one for of_process in every for one in of_process}
+
+    def add(self, tensor: Any) -> Any:
+        """The sum of a tensor over all processes, in place."""
+        if self.world > 1:
+            from torch import distributed
+
+            distributed.all_reduce(tensor)
+        return tensor
+
+
+def launched(environment: Mapping[str, str] | None = None) -> Processes:
+    """What the launcher says: torchrun's RANK and WORLD_SIZE, or those of a Slurm step."""
+    env = os.environ if environment is None else environment
+    if int(env.get("WORLD_SIZE", "1")) > 1:
+        rank = int(env["RANK"])
+        return Processes(rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", rank)))
+    # A shell inside of an allocation has SLURM_NTASKS, too; only a step that srun started has a number.
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return Processes(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", "0")))
+    return Processes()
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Inside, this process can talk to the others launched with it; each has a GPU of its own, if there are any."""
+    here = launched()
+    if here.world == 1:
+        yield here
+        return
+    import torch
+    from torch import distributed
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    first, many = PORTS
+    address = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    port = os.environ.get("MASTER_PORT") or str(first + int(os.environ.get("SLURM_JOB_ID", "0")) % many)
+    # Sums are exchanged as they lie: those of sites on a GPU through NCCL, others through gloo.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(
+        backend, init_method=f"tcp://{address}:{port}", rank=here.rank, world_size=here.world
+    )
+    try:
+        yield here
+    finally:
+        distributed.destroy_process_group()
