@@ -91,7 +91,7 @@ def completed(line: str, folder: Path) -> set[str]:
     ("line", "offered"),
     [
         ("editunlearn lo", {"locate"}),
-        ("editunlearn apply --hparams mem", {"memit"}),
+        ("editunlearn apply --hparams memi", {"memit"}),
         ("editunlearn apply --hparams paper/ro", {"paper/rome"}),
         ("editunlearn locate --kinds ", {"block", "mlp", "attention"}),
         ("editunlearn evaluate --fre", {"--fresh"}),
