@@ -54,7 +54,7 @@ def passages(path: Path, least: int = 400) -> list[str]:
 
 def wikitext(path: Path, lm: Any, length: int = 200) -> list[list[int]]:
     """The first ``length`` token ids of each passage."""
-    from editunlearn.editors.statistics import windows
+    from editunlearn.lm.windows import windows
 
     return [next(windows(lm, [text], length, 1 << 30)) for text in passages(path)]
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from editunlearn.deltas.files import load as load_delta
     from editunlearn.deltas.lora import export_lora
     from editunlearn.deltas.merge import merge
-    from editunlearn.editors import fit
     from editunlearn.facts.readers import load_facts
     from editunlearn.facts.records import Fact, ForgetRequest
     from editunlearn.facts.targets import fill_targets
     from editunlearn.hparams import load_hparams
     from editunlearn.lm.loading import load
+    from editunlearn.methods import fit
     from editunlearn.pipeline import forget
     from editunlearn.session import EditSession
 
@@ -29,7 +29,7 @@ _PUBLIC = {
     "ForgetRequest": "facts.records",
     "export_lora": "deltas.lora",
     "fill_targets": "facts.targets",
-    "fit": "editors",
+    "fit": "methods",
     "forget": "pipeline",
     "load": "lm.loading",
     "load_delta": ("deltas.files", "load"),

@@ -145,8 +145,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     from editunlearn.estimate import target
     from editunlearn.facts.targets import fill_targets, strategy
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.reporting import check_out
     from editunlearn.resources import shipped_path
+    from editunlearn.run_folder import check_out
 
     checks = Checks()
     config = checks.run(lambda: check_model(args))

@@ -15,7 +15,7 @@ from editunlearn.errors import EditUnlearnError, InputError
 if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.manifest import BaseManifest
-    from editunlearn.hparams import EditorHParams, MethodHParams
+    from editunlearn.hparams import EditorHParams, Keeping, MethodHParams, UnlearnerHParams
     from editunlearn.lm.chat import Chat
     from editunlearn.lm.loading import LM
 
@@ -124,17 +124,41 @@ def check_settings(hp: MethodHParams, config: Any, layers: Sequence[int] | None 
     """Raise InputError unless a model of this configuration has the layers and the length, and the text is there."""
     from editunlearn import editors
     from editunlearn.facts.text import check_source
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import EditorHParams, UnlearnerHParams
     from editunlearn.lm.layout import resolve_layers, text_config
 
     checks = Checks()
+    if hp.layers == "located" and not isinstance(hp, EditorHParams):
+        raise InputError(
+            f"layers: located is for editors, which write at the subject; {hp.method} takes auto or a list."
+        )
     if isinstance(hp, EditorHParams):
         checks.run(lambda: check_source(hp.moments.text))
         checks.run(lambda: _check_lengths(hp, config))
     count = getattr(text_config(config), "num_hidden_layers", None) if config is not None else None
-    if count:
+    if count and isinstance(hp, UnlearnerHParams):
+        checks.run(lambda: resolve_layers(hp.layers, count, hp.auto_layers(count)))
+    elif count:
         checks.run(lambda: resolve_layers(layers or hp.layers, count, editors.module(hp.method).DEFAULT_LAYERS))
     checks.finish()
+    if config is not None and isinstance(hp, UnlearnerHParams):
+        checks.run(lambda: _check_training(hp, config))
+        checks.finish()
+
+
+def _check_training(hp: UnlearnerHParams, config: Any) -> None:
+    """The model has the matrices, and the retain term has a text."""
+    from editunlearn.facts.text import check_source
+    from editunlearn.lm.layout import layout_of
+    from editunlearn.lm.sources import meta_model
+    from editunlearn.unlearners.parameters import trained_modules
+
+    if hp.train.modules:
+        model = meta_model(config)
+        trained_modules(model, layout_of(model, config), hp)
+    retain: Keeping | None = getattr(hp, "retain", None)
+    if retain is not None and retain.data == "text":
+        check_source(retain.text)
 
 
 def _check_lengths(hp: EditorHParams, config: Any) -> None:

@@ -60,15 +60,22 @@ def work(
         depth: share of the blocks up to the last edited one.
         width: of the widest site's input.
     """
-    from editunlearn.hparams import EditorHParams, MemoryHParams
+    from editunlearn.hparams import EditorHParams, MemoryHParams, UnlearnerHParams
+    from editunlearn.hparams.methods import InContextHParams
+    from editunlearn.unlearners import cost as unlearning
 
     general = load_facts(shipped_path("data", "general_facts.jsonl"))
     asked, kept = tokens_of(f.prompt for f in facts), tokens_of(f.prompt for f in retain)
     targets = tokens_of(f.target or "" for f in facts)
-    contexts = hp.context_prefixes.count + 1
-    rows = contexts * (asked + targets) + len(facts) * hp.context_prefixes.count * hp.context_prefixes.tokens
+    contexts, rows = 1, float(asked + targets)
+    if isinstance(hp, InContextHParams):
+        contexts = hp.context_prefixes.count + 1
+        rows = contexts * rows + len(facts) * hp.context_prefixes.count * hp.context_prefixes.tokens
     stages = {"general facts, once per model": cost(tokens_of(f.prompt + f.answer for f in general), 2 * len(general))}
-    if isinstance(hp, MemoryHParams):
+    if isinstance(hp, UnlearnerHParams):
+        answers = tokens_of(f.answer for f in facts)
+        stages["training, at most"] = unlearning.flops(hp, len(facts), asked + answers, answers, cost)
+    elif isinstance(hp, MemoryHParams):
         stages["keys of prompts to keep"] = depth * cost(16 * hp.keep, 0)
         stages["training, at most"] = 2 * hp.training_steps * cost(rows, contexts * targets)
     elif isinstance(hp, EditorHParams):
@@ -122,14 +129,22 @@ class Target:
 def target(config: Any, hp: MethodHParams, layers: Sequence[int] | None = None) -> Target:
     """The sites of a model of this configuration; ``layers`` goes before those of ``hp``."""
     from editunlearn import editors
-    from editunlearn.lm.layout import layout_of, resolve_layers
+    from editunlearn.hparams import UnlearnerHParams
+    from editunlearn.lm.layout import Site, layout_of, resolve_layers
     from editunlearn.lm.sources import meta_model
 
     model = meta_model(config)
     layout = layout_of(model, config)
     blocks = layout.num_layers(model)
-    chosen, why = resolve_layers(layers or hp.layers, blocks, editors.module(hp.method).DEFAULT_LAYERS)
-    sites = layout.sites(chosen)
+    if isinstance(hp, UnlearnerHParams):
+        from editunlearn.unlearners.parameters import trained_modules
+
+        names, why = trained_modules(model, layout, hp)
+        sites = [Site(name, layout.layer_of(name)) for name in names]
+        chosen = sorted({site.layer for site in sites})
+    else:
+        chosen, why = resolve_layers(layers or hp.layers, blocks, editors.module(hp.method).DEFAULT_LAYERS)
+        sites = layout.sites(chosen)
     shapes = [(int(out), int(width)) for out, width in (layout.read_weight(model, s.name).shape for s in sites)]
     return Target(config, model, chosen, why, sites, shapes, (chosen[-1] + 1) / blocks)
 
@@ -183,8 +198,12 @@ def disk(hp: MethodHParams, facts: int, shapes: Sequence[tuple[int, int]]) -> in
         facts: or what else has a column of its own.
     """
     from editunlearn import editors
-    from editunlearn.hparams import MemoryHParams
+    from editunlearn.hparams import MemoryHParams, UnlearnerHParams
 
+    if isinstance(hp, UnlearnerHParams):
+        from editunlearn.unlearners.cost import numbers
+
+        return 4 * numbers(hp, shapes)
     if isinstance(hp, MemoryHParams):
         return int(editors.module(hp.method).size(hp, facts, shapes[0]))
     return sum(4 * facts * (out + width) for out, width in shapes)
@@ -194,7 +213,7 @@ def memory(
     model: Any, hp: MethodHParams, dtype: str, shapes: Sequence[tuple[int, int]], facts: int
 ) -> dict[str, float]:
     """Bytes of what is large, and of all that is there at the same time."""
-    from editunlearn.hparams import EditorHParams
+    from editunlearn.hparams import EditorHParams, UnlearnerHParams
     from editunlearn.lm.head import PIECE
 
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -203,6 +222,10 @@ def memory(
     if isinstance(hp, EditorHParams):
         second = 0.0 if hp.moments.text == "none" else float(sum(8 * i * i for _, i in shapes))
         beside = {"second moments": second, "one solve": 3.0 * 8 * widest * widest}
+    elif isinstance(hp, UnlearnerHParams):
+        from editunlearn.unlearners.cost import nbytes
+
+        beside = {"what is trained, with the optimiser": float(nbytes(hp, shapes, BYTES.get(dtype, 4)))}
     rows = {
         f"model in {dtype}": float(BYTES.get(dtype, 4) * sum(p.numel() for p in model.parameters())),
         **beside,

@@ -121,8 +121,9 @@ def plan(args: argparse.Namespace) -> Plan:
     treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text, args.seed)))]  # type: ignore[misc]
     facts = checks.run(lambda: _facts(args, deltas, treatments))  # None: they are bad, which has been said
     source = suites.Source(args.data_root, args.limit, *(facts or ((), ())))
-    if args.limit is not None and args.limit < 1:
-        checks.run(lambda: _refuse(f"--limit {args.limit}: at least 1."))
+    for flag, value, least in (("--limit", args.limit, 1), ("--seed", args.seed, 0)):
+        if value is not None and value < least:
+            checks.problems.append(f"{flag} {value}: at least {least}.")
     found: dict[str, tuple[Module, Any]] = {}
     for name in args.suite:
         found_module = checks.run(lambda name=name: suites.module(name))  # type: ignore[misc]
@@ -151,10 +152,6 @@ def plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def _refuse(message: str) -> None:
-    raise InputError(message)
-
-
 def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequence[Treatment]) -> tuple[Any, Any]:
     """Facts with the targets that the first edit was made with, and retain facts."""
     from editunlearn.evaluation.suites import is_facts
@@ -169,6 +166,13 @@ def _facts(args: argparse.Namespace, deltas: Sequence[Delta], treatments: Sequen
     if args.facts is None or not needed:
         return (), ()
     facts = load_facts(args.facts, data_root=args.data_root)
+    halved = next((treatment for treatment in treatments if treatment.halves), None)
+    if halved is not None and len(facts[: args.limit]) < 2:
+        raise InputError(
+            f"--under {halved} shows the model half of the facts and asks the others: of {args.facts} "
+            + ("1 is taken (--limit 1)" if len(facts) > 1 else "there is 1")
+            + ", at least 2 are needed."
+        )
     retain = load_facts(args.retain, data_root=args.data_root, conflicts="first") if args.retain else []
     made = deltas[0].manifest if deltas else None
     seed = int(made.hparams.get("seed", 0)) if made is not None else 0

@@ -24,6 +24,7 @@ from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
+    from editunlearn.deltas.dense import DenseDelta
     from editunlearn.deltas.kinds import Delta
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.manifest import BaseModelRecord
@@ -49,7 +50,7 @@ def flags() -> argparse.ArgumentParser:
     p.add_argument("--without", nargs="+", default=[], metavar="ID", help="leave these facts' edits out")
     p.add_argument("--compose", type=Path, nargs="+", default=[], metavar="DIR", help="add these deltas")
     p.add_argument("--revert", action="store_true", help="take the edit out of an edited model")
-    p.add_argument("--max-rank", type=int, default=512, help="largest rank of the LoRA; more is cut off and reported")
+    p.add_argument("--max-rank", type=int, help="largest rank of the LoRA; more is cut off and reported (default: 512)")
     p.add_argument("--force", action="store_true", help="merge although the base differs from the one that was edited")
     add_model_flags(p, None, "the one that the delta was made on")
     add_run_flags(p)
@@ -75,6 +76,8 @@ def _main(argv: Sequence[str]) -> None:
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.run(lambda: _check_empty(args.out, JOURNAL))
     checks.run(lambda: _check_flags(args))
+    held = [(args.delta, delta), *zip(args.compose, others, strict=True)]
+    checks.run(lambda: _check_apart([(folder, found) for folder, found in held if found is not None]))
     if delta is not None:
         checks.run(lambda made_on=delta.manifest.base: _check_base(args, made_on))  # type: ignore[misc]
         if args.to != "delta" or args.revert:
@@ -109,14 +112,44 @@ def _check_empty(out: Path, journal: str) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> None:
+    """No flag is passed over in silence."""
     from editunlearn.deltas.lora import check_rank
 
+    loading = {
+        "model": args.model,
+        "revision": args.revision,
+        "dtype": args.dtype != "auto",
+        "device-map": args.device_map,
+    }
+    problems = []
     if args.to != "merged":
-        given = [f for f in ("base", "model", "revision") if getattr(args, f)]
-        if given:
-            raise InputError(f"--{given[0]} is for --to merged; --to {args.to} needs no model.")
-    if args.to == "lora":
+        given = [flag for flag, value in {"base": args.base, **loading, "force": args.force}.items() if value]
+        problems += [f"--{flag} is for --to merged; --to {args.to} needs no model." for flag in given]
+    elif args.base:
+        given = [flag for flag, value in loading.items() if value]
+        problems += [
+            f"--{flag}: --base is merged on disk, as it is stored there. Leave one of them out." for flag in given
+        ]
+    if args.max_rank is not None and args.to != "lora":
+        problems.append(f"--max-rank {args.max_rank} is for --to lora; --to {args.to} keeps every rank.")
+    elif args.max_rank is not None:
         check_rank(args.max_rank)
+    if problems:
+        raise InputError(problems)
+
+
+def _check_apart(held: Sequence[tuple[Path, Delta]]) -> None:
+    """No edit of a fact is written twice, as far as the hashes tell."""
+    seen: dict[tuple[str, str], Path] = {}
+    for folder, delta in held:
+        own = {(s.salt, fact) for s in delta.manifest.facts for fact in s.ids if fact not in s.removed}
+        both = sorted(own & seen.keys())
+        if both:
+            raise InputError(
+                f"--compose {folder}: holds {len(both)} facts that {seen[both[0]]} holds as well; they would "
+                "be written twice. Take them out of one of the two first: --without ID --to delta."
+            )
+        seen |= dict.fromkeys(own, folder)
 
 
 def _check_base(args: argparse.Namespace, made_on: BaseModelRecord) -> None:
@@ -133,7 +166,7 @@ def _check_base(args: argparse.Namespace, made_on: BaseModelRecord) -> None:
     check_model(args)
 
 
-def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+def _merged(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir, atomic_write_text
     from editunlearn.deltas.card import model_card
     from editunlearn.deltas.gain import gain_warnings
@@ -157,14 +190,14 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> 
     console.next_step(try_command(args.out))
 
 
-def _lora(args: argparse.Namespace, delta: LowRankDelta, console: Console) -> None:
+def _lora(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir, atomic_write_text
     from editunlearn.deltas.card import model_card
-    from editunlearn.deltas.lora import export_lora
+    from editunlearn.deltas.lora import RANKS, export_lora
 
     base = delta.manifest.base
     with atomic_dir(args.out) as folder:
-        made = export_lora(delta, folder, base.name, revision=base.revision, max_rank=args.max_rank)
+        made = export_lora(delta, folder, base.name, revision=base.revision, max_rank=args.max_rank or RANKS[-1])
         atomic_write_text(folder / "README.md", model_card(delta.manifest, None, [], kind="lora"))
     for name, share in made.discarded.items():
         console.warn(f"{name}: {share:.2%} of the edit was cut off to rank {made.rank}")
@@ -190,6 +223,7 @@ def _past_keys(folders: Sequence[Path]) -> PastKeys:
 def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir
     from editunlearn.deltas.lowrank import LowRankDelta
+    from editunlearn.deltas.memory import MemoryDelta
     from editunlearn.editors.earlier import Earlier
 
     past = _past_keys([args.delta, *args.compose])
@@ -199,7 +233,7 @@ def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     shape = {"rank": delta.rank} if isinstance(delta, LowRankDelta) else {"entries": delta.count}
     sites = len(delta.manifest.sites)
     console.result_json({"facts": delta.manifest.fact_count, "sites": sites, **shape})
-    if isinstance(delta, LowRankDelta):
+    if not isinstance(delta, MemoryDelta):
         merged = args.out / "merged"
         console.next_step(["editunlearn", "export", "--delta", str(args.out), "--to", "merged", "--out", str(merged)])
 

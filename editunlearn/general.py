@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from editunlearn.errors import NumericalError
 from editunlearn.facts.readers import comparable, load_facts
 from editunlearn.facts.records import Fact, content_hash
+from editunlearn.naming import first_of
 from editunlearn.resources import shipped_path
 
 if TYPE_CHECKING:
@@ -99,9 +100,8 @@ def without(facts: Sequence[Fact], forgotten: Sequence[Fact], console: Console |
     left = [f for f in facts if comparable(f.subject) not in subjects and comparable(f.prompt) not in prompts]
     if console is not None and len(left) < len(facts):
         out = [f.id for f in facts if f not in left]
-        shown = ", ".join(out[:10]) + (f" and {len(out) - 10} more" if len(out) > 10 else "")
         console.warn(
             f"{len(out)} retain facts are about a subject that is to be forgotten; the edit cannot use them, "
-            f"and they may be lost (they are measured): {shown}"
+            f"and they may be lost (they are measured): {first_of(out, 10)}"
         )
     return left

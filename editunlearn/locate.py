@@ -180,7 +180,7 @@ def _run(
     from editunlearn.artifacts import atomic_write_json
     from editunlearn.editors import located
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import WORK
+    from editunlearn.run_folder import WORK
     from editunlearn.tracing import averages, figures, prompts
     from editunlearn.tracing.effects import Settings, trace_all
 

@@ -50,14 +50,13 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _methods(_folder: Path) -> list[dict[str, Any]]:
-    from editunlearn import editors
+    from editunlearn import editors, methods
 
     rows = []
-    for name in editors.names():
-        made = editors.module(name)
-        first = (made.__doc__ or "").strip().partition("\n")[0]
-        paper = made.HParams.model_fields["paper"].default
-        rows.append({"name": name, "paper": paper, "what": first})
+    for name in methods.names():
+        schema = methods.schema(name)
+        kind = "editor" if name in editors.names() else "unlearner"
+        rows.append({"name": name, "kind": kind, "paper": schema.model_fields["paper"].default})
     return rows
 
 

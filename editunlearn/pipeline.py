@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editunlearn.errors import InputError, NumericalError
+from editunlearn.errors import NumericalError
 from editunlearn.facts.readers import comparable
 from editunlearn.facts.records import Fact, ForgetRequest, content_hash
 from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets, strategy
 from editunlearn.facts.text import documents
 from editunlearn.general import general_facts, without
+from editunlearn.naming import first_of
+from editunlearn.run_folder import WORK, finish, make_room
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 PERPLEXITY_LENGTH = 256
-WORK = ".work"
-"""Folder in a run directory with the finished stages of an unfinished run."""
-DERIVED = ("lora", "merged")
-"""Folders in a run directory that are made from its delta."""
-FILES = ("README.md", "delta.safetensors", "past_keys.safetensors", "report.html", "results.json", "timing.json")
-"""Files of a run directory beside the manifest, which is written last."""
 
 
 @dataclass
@@ -105,13 +100,13 @@ def forget(
         fresh: start over instead of going on.
         store_facts: keep the text of the facts in ``delta.json``.
         save_delta: False leaves only the finished stages in ``out``, for a caller that has more to write there between
-            ``make_room`` and ``finish``.
+            :func:`editunlearn.run_folder.make_room` and ``finish``.
 
     Raises:
         InputError: bad facts, targets or settings.
         NumericalError: a number that is not finite, or a model that would be ruined (``limits``); nothing was written.
     """
-    from editunlearn import editors
+    from editunlearn import methods
     from editunlearn.console import Console
     from editunlearn.editors import located
     from editunlearn.evaluation import scoring
@@ -120,7 +115,7 @@ def forget(
 
     console, stages = console or Console(quiet=True), Stages()
     cache = cache or default_cache_dir()
-    hp, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
+    hp, why = located.settled(lm, hp, cache)
     if why:
         console.info(f"layers: {hp.layers} ({why})")
     filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
@@ -130,8 +125,7 @@ def forget(
         filled, again = earlier.divide(filled)
         again = earlier.known(again)
     asked = [*filled, *again]
-    prompts = {comparable(f.prompt) for f in asked}
-    retain = [f for f in retain if comparable(f.prompt) not in prompts]
+    retain = _not_forgotten(retain, asked, console)
     kept = without(retain, asked, console)
     with stages.timed("known facts"):
         general = general_facts(lm, asked, kept, cache, console)
@@ -147,7 +141,7 @@ def forget(
     inputs = run_inputs(lm, request, hp, targets, past, earlier)
     work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
     with stages.timed("edit"):
-        delta, extended = editors.run(
+        delta, extended = methods.run(
             lm,
             request,
             hp,
@@ -191,30 +185,23 @@ def with_targets(
     return fill_targets(own, targets, seed=seed, pool=[*facts, *retain] if targets == "random" else None)
 
 
+def _not_forgotten(retain: Sequence[Fact], asked: Sequence[Fact], console: Console) -> list[Fact]:
+    """The retain facts less those that are to be forgotten: the same prompt cannot be both."""
+    prompts = {comparable(f.prompt) for f in asked}
+    both = [f.id for f in retain if comparable(f.prompt) in prompts]
+    if both:
+        console.warn(f"{len(both)} retain facts are to be forgotten as well, and are left out: {first_of(both, 10)}")
+    return [f for f in retain if comparable(f.prompt) not in prompts]
+
+
 def _check_perplexity(before: Scores | None, after: Scores, limit: float | None) -> None:
     """Raises NumericalError when text became ``limit`` times as unlikely; None: no limit."""
     if limit is not None and before is not None and after.perplexity > limit * before.perplexity:
         raise NumericalError(
             f"the perplexity of held-out text rose from {before.perplexity:.4g} to {after.perplexity:.4g}, above "
             f"limits.perplexity ({limit:g} times): the edit ruins the model. Nothing was written. Ask for fewer facts, "
-            "raise moments.weight, lower value.clamp, or --set limits.perplexity=null."
+            "raise moments.weight, lower value.clamp or train.lr, or --set limits.perplexity=null."
         )
-
-
-def finish(out: Path, delta: Delta, past: PastKeys, facts: Sequence[Fact] | None) -> None:
-    """Save past keys and the delta, the last of a run's files; remove its stages and what killed runs left unfinished.
-
-    Args:
-        facts: their text is kept in the manifest.
-    """
-    from editunlearn.editors.earlier import Earlier
-
-    Earlier(delta, past).save(out, facts)
-    for path in (out / WORK, *out.glob(".*.tmp-*")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _finite(scores: Scores, lm: LM, when: str) -> Scores:
@@ -232,27 +219,10 @@ def _finite(scores: Scores, lm: LM, when: str) -> Scores:
 def _warn_unknown(facts: Sequence[Fact], before: Scores, console: Console) -> None:
     unknown = [f.id for f, answered in zip(facts, before.forget, strict=True) if not answered.leaked]
     if unknown:
-        shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         console.warn(
-            f"the model does not answer {len(unknown)} of {len(facts)} facts; nothing to forget there: {shown}"
+            f"the model does not answer {len(unknown)} of {len(facts)} facts; nothing to forget there: "
+            + first_of(unknown, 10)
         )
-
-
-def make_room(out: Path, delta: Delta) -> None:
-    """Remove what an earlier run made of another delta, its manifest first: what has none is not complete."""
-    from editunlearn.deltas.files import MANIFEST, load_manifest
-
-    if not (out / MANIFEST).is_file():
-        return
-    try:
-        there = load_manifest(out)
-    except InputError:
-        there = None
-    if there is None or there.with_sites(there.sites) != delta.manifest:
-        for name in (MANIFEST, *FILES):
-            (out / name).unlink(missing_ok=True)
-        for name in DERIVED:
-            shutil.rmtree(out / name, ignore_errors=True)
 
 
 def run_inputs(
@@ -269,11 +239,14 @@ def run_inputs(
     from editunlearn import __version__
     from editunlearn.artifacts import sha256_file
     from editunlearn.editors.moments import tokenizer_hash
-    from editunlearn.hparams import EditorHParams, resolved
+    from editunlearn.hparams import EditorHParams, Keeping, resolved
     from editunlearn.lm.fingerprint import model_fingerprint
 
     parts = (request.facts, request.retain, request.general, request.names, request.earlier)
-    text = hp.moments.text if isinstance(hp, EditorHParams) else "none"
+    retain = getattr(hp, "retain", None)
+    text = retain.text if isinstance(retain, Keeping) and retain.data == "text" else "none"
+    if isinstance(hp, EditorHParams):
+        text = hp.moments.text
     return {
         "version": __version__,
         "torch": str(torch.__version__),
@@ -292,7 +265,7 @@ def run_inputs(
 
 def perplexity_text(lm: LM) -> list[list[int]]:
     """Windows of the held-out part of the shipped text."""
-    from editunlearn.editors.statistics import windows
+    from editunlearn.lm.windows import windows
 
     return list(windows(lm, documents("general", "heldout"), PERPLEXITY_LENGTH, 1 << 30))
 

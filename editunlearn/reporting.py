@@ -6,34 +6,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.artifacts import atomic_dir, atomic_write_json, atomic_write_text
 from editunlearn.cli import try_command
-from editunlearn.errors import InputError
-from editunlearn.general import without
-from editunlearn.pipeline import (
-    DERIVED,
-    FILES,
-    WORK,
-    Outcome,
-    Stages,
-    environment,
-    finish,
-    make_room,
-    result_rows,
-)
+from editunlearn.pipeline import Outcome, Stages, environment, result_rows
+from editunlearn.run_folder import finish, make_room
 
 if TYPE_CHECKING:
     from editunlearn.apply import Plan
     from editunlearn.console import Console
     from editunlearn.deltas.gain import Gain
-    from editunlearn.editors.earlier import Earlier
-    from editunlearn.editors.past import PastKeys
     from editunlearn.evaluation.scoring import Answered, Scores
     from editunlearn.facts.records import Fact
-    from editunlearn.hparams import MethodHParams
     from editunlearn.lm.loading import LM
 
 ROWS = 40
@@ -66,70 +51,6 @@ NOTHING_THERE = {
     "heldout": "the model knows too few of the shipped facts",
 }
 """Why a metric of this group is null."""
-
-
-def check_out(
-    out: Path,
-    args: argparse.Namespace,
-    hp: MethodHParams,
-    facts: Sequence[Fact],
-    retain: Sequence[Fact],
-    past: PastKeys | None,
-    earlier: Earlier | None,
-) -> None:
-    """What is in ``--out`` and is not of this very request is not replaced without being asked.
-
-    Raises:
-        InputError: there is the finished run of another request, or something that no run has written.
-    """
-    from editunlearn.deltas.arithmetic import dtype_name
-    from editunlearn.deltas.files import MANIFEST, load_manifest
-    from editunlearn.deltas.manifest import fact_set
-    from editunlearn.hparams import resolved
-    from editunlearn.lm.loading import asked_dtype
-    from editunlearn.recipes import self_refusals
-
-    ways = "Choose another folder, or give --force."
-    if not (out / MANIFEST).is_file():
-        own = [] if (out / WORK).is_dir() else [name for name in (*FILES, *DERIVED) if (out / name).exists()]
-        if own:
-            raise InputError(f"--out {out}: its {', '.join(own)} would be replaced, and no run made them. {ways}")
-        return
-    try:
-        there = load_manifest(out)
-    except InputError as error:
-        raise InputError([f"--out {out}: {problem} {ways}" for problem in error.problems]) from error
-    held = earlier.delta.manifest.facts if earlier is not None else ()
-    past = earlier.past if earlier is not None else past
-    digest = past.digest() if past is not None else ""
-    if earlier is not None:
-        facts, again = earlier.divide(facts)
-        retain = without(retain, earlier.known(again))
-    salt = there.facts[-1].salt if there.facts else None
-    asked = fact_set(facts, retain=without(retain, facts), past=digest, salt=salt)
-    wanted_sets = [*held, asked]
-    same = [part.sha256 for part in there.facts] == [part.sha256 for part in wanted_sets]
-    if args.targets == self_refusals.TARGETS:  # the model has not written them yet
-        same = [part.ids for part in there.facts] == [part.ids for part in wanted_sets]
-        same = same and any(s.startswith(args.targets) for s in there.target_strategy.split("+"))
-    settings = (hp.method, resolved(hp))
-    if earlier is not None:
-        settings = earlier.delta.manifest.settings_with(*settings)
-    wanted = asked_dtype(args.dtype)
-    dtypes = {site.base_dtype for site in there.sites.values()}
-    other = [
-        name
-        for name, differs in {
-            "facts or targets": not same,
-            "retain facts or past keys": there.facts[-1:] != () and there.facts[-1].beside not in (asked.beside, None),
-            "dtype": wanted is not None and dtypes != {dtype_name(wanted)},
-            "model": (there.base.name, there.base.revision) != (args.model, args.revision),
-            "method or settings": (there.method, there.hparams) != settings,
-        }.items()
-        if differs
-    ]
-    if other:
-        raise InputError(f"--out {out}: holds the finished run of another request (other {', '.join(other)}). {ways}")
 
 
 def header(console: Console, args: argparse.Namespace, made: Plan) -> None:

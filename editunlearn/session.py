@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.facts.targets import DEFAULT_TARGETS
-from editunlearn.pipeline import WORK, forget
+from editunlearn.pipeline import forget
+from editunlearn.run_folder import WORK, remove_derived
 
 if TYPE_CHECKING:
     from editunlearn.deltas.kinds import Delta
@@ -103,6 +104,8 @@ class EditSession:
     def save(self, folder: str | Path) -> None:
         """Write the delta, the past keys and the manifest; atomically, the manifest last.
 
+        In the folder of an earlier run, what that says of another delta goes: card, results, LoRA, merged model.
+
         Raises:
             InputError: there is nothing to save.
         """
@@ -110,6 +113,7 @@ class EditSession:
 
         if self.earlier is None:
             raise InputError(f"{folder}: the session has no edits yet; nothing to save. Call forget first.")
+        remove_derived(Path(folder), self.earlier.delta)
         self.earlier.save(folder)
         for stages in self._unfinished:
             shutil.rmtree(stages, ignore_errors=True)

@@ -100,14 +100,13 @@ def _main(argv: Sequence[str]) -> None:
     if args.dry_run:
         _dry_run(console, args, hp, target)
         return
-    from editunlearn import editors
     from editunlearn.editors import located, moments
     from editunlearn.lm.processes import joined
 
     with joined() as here:
         lm = load_model(args)
         if args.layers is None:
-            found_layers, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
+            found_layers, why = located.settled(lm, hp, cache)
             layers = [int(layer) for layer in found_layers.layers] if why else layers
         sites = lm.layout.sites(layers)
         measured = moments.get(lm, sites, hp.moments, cache, console, fresh=args.fresh, among=here)

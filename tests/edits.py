@@ -62,7 +62,15 @@ def settings(method: str, text: str, *set_: str, layers: Sequence[int] = (0, 1))
         "moments": {"text": text, "tokens": 800, "length": 32, "weight": 5.0},
         "retain": {"weight": 1.0},
         "limits": {"norm": 10.0},  # tiny weights, large steps
-        "refine": {"steps": 6, "lr": 0.3, "kl": 1.0, "text_kl": 1.0, "text_batch": 1, "text_length": 16},
+        "refine": {
+            "steps": 6,
+            "lr": 0.3,
+            "kl": 1.0,
+            "text_kl": 1.0,
+            "kept_keys": 1e-3,
+            "text_batch": 1,
+            "text_length": 16,
+        },
     }
     if method == "alphaedit":
         source["nullspace"] = {"threshold": 0.9, "l2": 0.1}

@@ -43,6 +43,9 @@ QUICK = [
 ]
 
 
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
 @dataclass(frozen=True)
 class World:
     """A folder with a tiny model that knows the facts, the facts, a text, and a cache that all tests share."""
@@ -117,6 +120,12 @@ def call(command: str, *flags: str) -> Called:
     with redirect_stdout(out), redirect_stderr(err):
         code = main([command, *flags])
     return Called(code, out.getvalue(), err.getvalue())
+
+
+def finish(world: World) -> tuple[Path, Called]:
+    """A run with everything saved, which tests only read."""
+    out = world.root / "run"
+    return out, call("apply", *world.flags(out, "--save", "lora,merged"))
 
 
 def argv(*words: str) -> list[str]:

@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import FACTS, QUICK, ROOT, Called, World, build, call, listing, spawn, write_lines
-from safetensors.torch import load_file
+from runs import FACTS, MODEL_FILES, QUICK, ROOT, Called, World, build, call, finish, listing, spawn, write_lines
 from test_hparams_easyedit import MEMIT
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editunlearn.deltas.files import load as load_delta
 from editunlearn.editors.past import PastKeys
-from editunlearn.lm.loading import load
 
-MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 RUN_FILES = {
     "README.md",
     "delta.json",
@@ -28,7 +24,6 @@ RUN_FILES = {
     "results.json",
     "timing.json",
 }
-PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="session")
@@ -38,26 +33,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def finished(world: World) -> tuple[Path, Called]:
-    """One run with everything saved; tests only read it."""
-    out = world.root / "run"
-    return out, call("apply", *world.flags(out, "--save", "lora,merged"))
+    return finish(world)
 
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _logits(model: Any, folder: Path) -> torch.Tensor:
-    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids).logits
-    return logits
-
-
-def _applied_logits(world: World, run: Path) -> torch.Tensor:
-    lm = load(world.model)
-    with load_delta(run, lm).applied(lm):
-        return _logits(lm.model, world.model)
 
 
 def test_a_run_leaves_exactly_the_documented_files(finished: tuple[Path, Called]) -> None:
@@ -118,80 +98,6 @@ def test_what_a_run_prints(finished: tuple[Path, Called]) -> None:
     last = called.err.splitlines()[-1]
     assert last.startswith("next: python -c") and str(out / "merged") in last
     assert "Traceback" not in called.err
-
-
-def test_merged_is_the_model_with_the_delta(world: World, finished: tuple[Path, Called]) -> None:
-    out = finished[0]
-    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
-    wanted = _applied_logits(world, out)
-    assert torch.equal(_logits(merged, out / "merged"), wanted)
-    base = AutoModelForCausalLM.from_pretrained(world.model)
-    assert not torch.allclose(_logits(base, world.model), wanted, atol=1e-3)
-
-
-def test_lora_is_the_model_with_the_delta(world: World, finished: tuple[Path, Called]) -> None:
-    from peft import PeftModel
-
-    out = finished[0]
-    base = AutoModelForCausalLM.from_pretrained(world.model)
-    adapted = PeftModel.from_pretrained(base, out / "lora")
-    torch.testing.assert_close(_logits(adapted, world.model), _applied_logits(world, out), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("way", [[], ["--base"]])
-def test_export_merged(world: World, finished: tuple[Path, Called], tmp_path: Path, way: list[str]) -> None:
-    out = finished[0]
-    base = [*way, str(world.model)] if way else []
-    called = call("export", "--delta", str(out), "--to", "merged", "--out", str(tmp_path / "m"), *base)
-    assert called.code == 0, called.err
-    assert listing(tmp_path / "m") == MODEL_FILES | {"README.md"}
-    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "m", out / "merged"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-def test_export_reverts_a_merge(world: World, finished: tuple[Path, Called], tmp_path: Path) -> None:
-    out = finished[0]
-    called = call(
-        *("export", "--delta", str(out), "--revert", "--base", str(out / "merged"), "--to", "merged"),
-        *("--out", str(tmp_path / "restored")),
-    )
-    assert called.code == 0, called.err
-    base, restored = (load_file(f / "model.safetensors") for f in (world.model, tmp_path / "restored"))
-    for name in base:
-        torch.testing.assert_close(restored[name], base[name], atol=1e-5, rtol=1e-5)
-
-
-def test_export_lora_and_delta(world: World, finished: tuple[Path, Called], tmp_path: Path) -> None:
-    out = finished[0]
-    called = call("export", "--delta", str(out), "--to", "lora", "--out", str(tmp_path / "lora"))
-    assert called.code == 0 and "--max-lora-rank 8" in called.out
-    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "lora", out / "lora"))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    smaller = call(
-        *("export", "--delta", str(out), "--without", "france", "--to", "delta", "--out", str(tmp_path / "one"))
-    )
-    assert smaller.code == 0, smaller.err
-    assert load_delta(tmp_path / "one").rank == 1 and "delta with 1 facts" in smaller.out
-    both = call(
-        *("export", "--delta", str(tmp_path / "one"), "--compose", str(out), "--to", "delta"),
-        *("--out", str(tmp_path / "both"), "--json"),
-    )
-    assert both.code == 0, both.err
-    assert json.loads(both.out) == {"facts": 3, "sites": 1, "rank": 3}
-
-
-def test_export_replaces_nothing_and_dry_runs(finished: tuple[Path, Called], tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    flags = ["--delta", str(finished[0]), "--to", "merged", "--out"]
-    called = call("export", *flags, str(tmp_path / "mine"))
-    assert called.code == 2 and "not empty" in called.err
-    assert listing(tmp_path) == {"mine/thesis.txt"}
-    called = call("export", *flags, str(tmp_path / "new"), "--dry-run", "--json")
-    assert called.code == 0 and json.loads(called.out)["would_write"] == "merged"
-    assert listing(tmp_path) == {"mine/thesis.txt"}
-    called = call("export", "--delta", str(tmp_path), "--to", "lora", "--base", "b", "--out", str(tmp_path / "mine"))
-    assert called.code == 2 and len(called.err.splitlines()) == 3  # no delta, not empty, --base without a merge
 
 
 def test_past_keys_come_back(world: World, finished: tuple[Path, Called], tmp_path: Path) -> None:
@@ -294,13 +200,14 @@ def test_facts_that_the_model_does_not_know_are_named(world: World, tmp_path: Pa
     unknown = {"id": "nile", "subject": "Nile", "prompt": "The Nile flows through", "answer": "Egypt"}
     both = {**FACTS[1], "id": "again", "prompt": "In France they speak", "answer": "French"}
     facts = write_lines(tmp_path / "facts.jsonl", [FACTS[1], unknown])
-    retain = write_lines(tmp_path / "retain.jsonl", [both])
+    retain = write_lines(tmp_path / "retain.jsonl", [both, {**FACTS[1], "id": "kept"}])
     flags = world.flags(tmp_path / "run", "--facts", str(facts), "--retain", str(retain))
     called = call("apply", *flags)
     assert called.code == 0, called.err
     assert "warning: the model does not answer 1 of 2 facts; nothing to forget there: nile" in called.err
     assert "1 retain facts are about a subject that is to be forgotten" in called.err
     assert "they may be lost (they are measured): again" in called.err
+    assert "warning: 1 retain facts are to be forgotten as well, and are left out: kept" in called.err
     results = _json(tmp_path / "run" / "results.json")
     assert {name.split("_")[0] for name in results["not_measured"]} == {"paraphrase", "question", "neighbor"}
     assert results["metrics"]["retain_accuracy"]["base"] is not None

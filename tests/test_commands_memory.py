@@ -92,8 +92,14 @@ def test_export(world: World, finished: tuple[str, Path, Called], tmp_path: Path
     called = call("export", *delta, "--without", *both, "--to", "delta", "--out", str(tmp_path / "none"), "--json")
     assert called.code == 0, called.err
     assert json.loads(called.out) == {"facts": 0, "sites": 0, "entries": 0}
-    called = call("export", *delta, "--compose", str(finished[1]), "--to", "delta", "--out", str(tmp_path / "two"))
-    assert called.code == 0 and "delta with 4 facts" in called.out, called.err
+    for number, left_out in enumerate(both):
+        one = ["--without", left_out, "--to", "delta", "--out", str(tmp_path / f"one-{number}")]
+        assert call("export", *delta, *one).code == 0
+    parts = ["--delta", str(tmp_path / "one-0"), "--compose", str(tmp_path / "one-1")]
+    called = call("export", *parts, "--to", "delta", "--out", str(tmp_path / "two"))
+    assert called.code == 0 and "delta with 2 facts" in called.out, called.err
+    called = call("export", *delta, *parts[2:], "--to", "delta", "--out", str(tmp_path / "three"))
+    assert called.code == 2 and "they would be written twice" in called.err
 
 
 @pytest.mark.parametrize("method", MEMORY)

@@ -1,4 +1,4 @@
-"""The command: what it writes and prints, what it goes on with, what it refuses."""
+"""The command evaluate: what it writes and prints, and what it goes on with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import benchmark_data
 import pytest
 import runs
+from evaluations import edited, flags, results
 from runs import World, call
 
 from editunlearn.evaluation import running
@@ -21,25 +21,7 @@ from editunlearn.evaluation.states import slug
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    made = runs.build(tmp_path_factory.mktemp("evaluate") / "world")
-    benchmark_data.write(made.root / "data")
-    assert call("apply", *made.flags(made.root / "edit", "--evaluate", "none")).code == 0
-    return made
-
-
-CASE = benchmark_data.FILES["counterfact/test"][0]
-
-
-def flags(world: World, out: Path, *more: str, facts: bool = True) -> list[str]:
-    found = ["--out", str(out), "--cache-dir", str(world.cache), "--model", str(world.model)]
-    if facts:
-        found += ["--facts", str(world.root / "facts.jsonl"), "--retain", str(world.root / "retain.jsonl")]
-        found += ["--suite", "facts", "--limit", "2"]
-    return [*found, *more]
-
-
-def results(folder: Path) -> Any:
-    return json.loads((folder / "results.json").read_text())
+    return edited(tmp_path_factory.mktemp("evaluate") / "world")
 
 
 def test_a_delta_is_measured_beside_its_base(world: World, tmp_path: Path) -> None:
@@ -124,6 +106,20 @@ def test_what_is_measured_is_not_measured_again(world: World, tmp_path: Path, mo
     runs.write_lines(tmp_path / "other.jsonl", [{**f, "answer": "Dutch"} for f in runs.FACTS[:1]])
     assert call("evaluate", *again, "--facts", str(tmp_path / "other.jsonl")).code == 0
     assert "forget" in measured[count:] and "retain" not in measured[count:]
+
+
+def test_a_probe_fitted_on_other_text_is_measured_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is of the text, too: what is asked stays the same here, what the probe learns from does not."""
+    measured: list[str] = []
+    real = running.measure
+    monkeypatch.setattr(running, "measure", lambda lm, part, *more: measured.append(part.name) or real(lm, part, *more))
+    asked = flags(world, tmp_path, "--suite", "facts:attacks")
+    assert call("evaluate", *asked, "--limit", "2").code == 0 and "inside" in measured
+    measured.clear()
+    assert call("evaluate", *asked, "--limit", "3").code == 0
+    assert "inside" in measured and "forget" not in measured
 
 
 def test_requirements(world: World, tmp_path: Path) -> None:
@@ -212,70 +208,6 @@ def test_a_reference_or_baseline_that_nothing_is_compared_with(
     assert done.code == 2 and "this evaluation was interrupted" in done.err
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--suite", "fact"], "unknown suite 'fact'. Did you mean 'facts'"),
-        (["--suite", "facts:all"], "write facts or facts:attacks"),
-        (["--under", "int3"], "unknown treatment 'int3'. Did you mean 'int8'"),
-        (["--under", "int8:3"], "unknown treatment 'int8:3'"),
-        (["--under", "relearn:0"], "a number from 1, of steps of fine-tuning"),
-        (["--require", "leak_gen=0"], 'write METRIC, <=, >=, < or >, and a number: "leak_gen<=0.02"'),
-        (["--limit", "0"], "--limit 0: at least 1"),
-        (["--delta", "nowhere"], "nowhere/delta.json does not exist"),
-        (["--reference", "nowhere.json"], "nowhere.json: no such file"),
-        (["--facts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--suite", "wmdp:bio", "--data-root", "nowhere"], "--data-root nowhere: no such folder"),
-    ],
-)
-def test_bad_input_is_found_before_weights_are_loaded(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], said: str
-) -> None:
-    monkeypatch.setattr("editunlearn.measuring.load_model", lambda _: pytest.fail("weights were loaded"))
-    done = call("evaluate", *flags(world, tmp_path / "out", *more))
-    assert done.code == 2 and said in done.err, done.err
-    assert "needs --facts" not in done.err
-    assert not (tmp_path / "out").exists()
-
-
-BAD_DATA: list[tuple[str, str, Any, str]] = [
-    ("knowundo:privacy", "KnowUnDo/privacy/unlearn", [{"val": []}], "'val' is no list of records"),
-    ("knowundo:privacy", "KnowUnDo/privacy/retention", [{"val": "x"}], "'val' is no list of records"),
-    ("knowundo:privacy", "KnowUnDo/privacy/unlearn", [{"val": [{"text": "x"}]}], "record 0 of 'val' has no 'text' or"),
-    ("edu-relat:ROOT/r.json", "r", {"facts": [], "rules": [], "targets": []}, "it has 0 facts and 0 targets"),
-    ("edu-relat:ROOT/r.json", "r", {**benchmark_data.RELATIONS, "targets": []}, "it has 5 facts and 0 targets"),
-    ("wmdp:bio", "wmdp/wmdp-bio/test", [], "the list is empty"),
-    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "", "choices": ["a", "b"], "answer": 0}], "none of its 1 records"),
-    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": "ab", "answer": 0}], "'choices' is a list of 2"),
-    ("wmdp:bio", "wmdp/wmdp-bio/test", [{"question": "q", "choices": ["a", "b"], "answer": 2}], "a number from 0 to 1"),
-    ("rwku", "RWKU/utility_general", [{"question": "q", "choices": ["a", "b"], "answer": -1}], "from 0 to 1; it is -1"),
-    ("counterfact:ROOT/c.json", "c", [{**CASE, "requested_rewrite": "x"}], "case 0 has no requested_rewrite.prompt"),
-    ("counterfact:ROOT/c.json", "c", [{**CASE, "paraphrase_prompts": None}], "no column 'paraphrase_prompts'"),
-    ("counterfact:azhx/counterfact:train", "counterfact/test", [CASE], "counterfact has no 'train'. It has test.json"),
-    ("muse:news", "MUSE-News/knowmem/retain_qa_icl", [], "the list is empty"),
-    ("tofu:forget01", "TOFU/holdout01", {"question": []}, "holdout01"),
-]
-
-
-@pytest.mark.parametrize(("suite", "file", "content", "said"), BAD_DATA)
-def test_bad_benchmark_data_are_found_before_weights_are_loaded(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suite: str, file: str, content: Any, said: str
-) -> None:
-    monkeypatch.setattr("editunlearn.measuring.load_model", lambda _: pytest.fail("weights were loaded"))
-    root = benchmark_data.write(tmp_path / "data")
-    (root / f"{file}.json").write_text(json.dumps(content))
-    asked = ["--suite", suite.replace("ROOT", str(root)), "--data-root", str(root)]
-    done = call("evaluate", *flags(world, tmp_path / "out", *asked, facts=False))
-    assert done.code == 2 and said in done.err and "Traceback" not in done.err, done.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_split_that_is_not_there_is_noted(world: World, tmp_path: Path) -> None:
-    data = ["--suite", "counterfact:azhx/counterfact:test:nowhere", "--data-root", str(world.root / "data")]
-    done = call("evaluate", *flags(world, tmp_path / "out", *data, "--dry-run", facts=False))
-    assert done.code == 0 and "read whole, it has no split 'nowhere'" in done.err
-
-
 @pytest.mark.parametrize("name", ["results.json", "TOFU_EVAL.json", "report.html", "report.csv"])
 def test_disk_full(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     asked = flags(world, tmp_path / "runs", "--suite", "tofu:forget01", facts=False)
@@ -310,28 +242,6 @@ def test_the_suite_facts_needs_facts(world: World, tmp_path: Path) -> None:
     assert done.code == 2 and done.err.count("needs --facts FILE") == 1, done.err
 
 
-def test_relearning_is_measured_on_facts_it_was_not_shown(world: World, tmp_path: Path) -> None:
-    delta = ["--delta", str(world.root / "edit"), "--base"]
-    under = [f for text in ("relearn:2", "relearn-lora:2", "relearn-retain", "subspace") for f in ("--under", text)]
-    done = call("evaluate", *flags(world, tmp_path / "runs", *delta, *under, "--json"))
-    assert done.code == 0, done.err
-    assert "subspace:1 is left out for base" in done.err
-    by_label = json.loads(done.out)["facts"]
-    treated = ["relearn-2-0.0001", "relearn-lora-2-0.001", "relearn-retain-5-0.0001"]
-    labels = [f"{state}-{more}" for state in ("base", "edit") for more in treated]
-    assert set(by_label) == {"base", "edit", *labels, "edit-subspace-1"}
-    asked = {label: summary["leak_gen"]["items"] for label, summary in by_label.items()}
-    assert asked["edit"] == asked["edit-relearn-retain-5-0.0001"] == asked["edit-subspace-1"] == 2
-    assert [asked[f"edit-{treated[0]}"], asked[f"edit-{treated[1]}"], asked[f"base-{treated[0]}"]] == [1, 1, 1]
-    kept = results(tmp_path / "runs" / "edit-relearn-2-0.0001" / "facts")
-    assert kept["under"] == "relearn:2:0.0001" and len(kept["parts"]["taught"]) == 1
-    assert kept["parts"]["taught"][0]["shown"] != kept["parts"]["forget"][0]["shown"]
-    probability = {label: summary["retain.answer_probability"]["value"] for label, summary in by_label.items()}
-    assert probability["edit-relearn-2-0.0001"] != probability["edit"]  # it was trained
-    page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
-    assert page.code == 0 and "asked different things" not in (tmp_path / "page" / "report.md").read_text()
-
-
 def test_everything_that_takes_time_reports_and_ends_at_its_total(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,62 +255,6 @@ def test_everything_that_takes_time_reports_and_ends_at_its_total(
     assert last["before anything is applied"][0] == last["before anything is applied"][1] > 0
     over = {name: ends for name, ends in last.items() if ends[0] != ends[1]}
     assert not over, over
-
-
-def test_results_of_other_seeds_and_other_lessons_are_not_taken(world: World, tmp_path: Path) -> None:
-    def keys(*more: str) -> tuple[str, str]:
-        done = call("evaluate", *flags(world, tmp_path, "--under", "relearn-retain:1", *more))
-        assert done.code == 0, done.err
-        folders = sorted(tmp_path.glob("base*"), key=lambda p: p.stat().st_mtime_ns)
-        treated = max((p for p in folders if p.name != "base"), key=lambda p: (p / "facts").stat().st_mtime_ns)
-        return results(tmp_path / "base" / "facts")["key"], results(treated / "facts")["key"]
-
-    first, seeded = keys(), keys("--seed", "1")
-    runs.write_lines(tmp_path / "other.jsonl", runs.RETAIN[:1])
-    other = keys("--retain", str(tmp_path / "other.jsonl"))
-    assert first[0] == seeded[0] == other[0] and len({first[1], seeded[1], other[1]}) == 3
-
-
-UNKNOWN = [
-    {"id": "peru", "subject": "Peru", "prompt": "The capital of Peru is", "answer": "Lima"},
-    {"id": "marie", "subject": "Marie Curie", "prompt": "Marie Curie discovered", "answer": "radium"},
-]
-
-
-def test_relearning_is_compared_with_a_model_that_never_knew(world: World, tmp_path: Path) -> None:
-    unknown = ["--unknown", str(runs.write_lines(tmp_path / "unknown.jsonl", UNKNOWN))]
-    under = ["--delta", str(world.root / "edit"), "--under", "relearn:2", "--under", "relearn-retain:2"]
-    gate = ["--require", "leak_gen<=1", "--suite", "safepku", "--data-root", str(world.root / "data")]
-    done = call("evaluate", *flags(world, tmp_path / "runs", *under, *unknown, *gate, "--json"))
-    assert done.code == 0, done.err
-    by_label = json.loads(done.out)["facts"]
-    half, whole = by_label["never-knew-relearn-2-0.0001"], by_label["never-knew-relearn-retain-2-0.0001"]
-    assert half["unknown.leak"]["items"] == 1 and whole["unknown.leak"]["items"] == 2
-    assert "leak_gen" not in half and "never-knew-relearn-2-0.0001" not in json.loads(done.out)["safepku"]
-    page = call("report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page"))
-    text = (tmp_path / "page" / "report.md").read_text()
-    assert page.code == 0 and "a model that never knew such facts gets 0%" in text and "different things" not in text
-
-
-@pytest.mark.parametrize(
-    ("facts", "more", "said"),
-    [
-        (UNKNOWN, [], "give --under relearn as well"),
-        (UNKNOWN[:1], ["--under", "relearn"], "1 facts; at least 2"),
-        ([*UNKNOWN, runs.FACTS[1]], ["--under", "relearn", "--limit", "9"], "'France' is a subject of --facts as well"),
-    ],
-)
-def test_facts_that_cannot_be_unknown(
-    world: World, tmp_path: Path, facts: list[dict[str, Any]], more: list[str], said: str
-) -> None:
-    unknown = ["--unknown", str(runs.write_lines(tmp_path / "unknown.jsonl", facts))]
-    done = call("evaluate", *flags(world, tmp_path / "out", *unknown, *more))
-    assert done.code == 2 and said in done.err, done.err
-
-
-def test_relearning_needs_facts(world: World, tmp_path: Path) -> None:
-    done = call("evaluate", *flags(world, tmp_path / "out", "--suite", "wmdp:bio", "--under", "relearn", facts=False))
-    assert done.code == 2 and "--under relearn:5:0.0001 trains on facts: give --facts FILE" in done.err
 
 
 def test_a_delta_of_another_model_is_refused(world: World, tmp_path: Path) -> None:

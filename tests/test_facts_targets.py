@@ -139,6 +139,8 @@ def test_the_strategy_says_where_targets_come_from() -> None:
         ("self+counterfactual", "self"),
         ("refusal+empty", "refusal"),
         ("refusal:Yes + no.+counterfactual", "refusal:Yes + no."),
+        ("refusal:I don't know.+empty", "refusal:I don't know."),
+        ("refusal:1+1.+refusal:No.+random", "refusal:1+1."),
         ("counterfactual", "counterfactual"),
     ],
 )
@@ -146,3 +148,15 @@ def test_a_strategy_can_be_asked_for_again(made: str, asked: str) -> None:
     assert asked_with(made) == asked
     fact = Fact("a", "A is in", "B", "A", 0, target=" C")
     assert fill_targets([fact], asked_with(made), seed=0) == [fact]
+
+
+@pytest.mark.parametrize(
+    ("target", "spec"), [("Big city.", "empty"), ("the City", "empty"), (None, "refusal:big  city")]
+)
+def test_the_answer_is_no_target(target: str | None, spec: str) -> None:
+    facts = [
+        Fact("f", "A is in a", "big city", "A", 0, target=target, aliases=("the city",)),
+        Fact("g", "B", "C", "B", 0),
+    ]
+    with pytest.raises(InputError, match="^f: the target .* is the answer that is to be forgotten. Give another one.$"):
+        fill_targets(facts, spec, seed=0)

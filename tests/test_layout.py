@@ -9,13 +9,12 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, pytorch_utils
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm import layout as lay
 from editunlearn.lm.hooks import on_output, stack
 
-CONV1D: Any = pytorch_utils.Conv1D
 MODELS: Any = AutoModelForCausalLM
 MIXTURES = ("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe")
 MORE_TYPES = (
@@ -112,13 +111,10 @@ def test_known_type(model_type: str) -> None:
     assert layout.model_type == model_type
     assert layout.reason.startswith("known model type")
     assert layout.num_layers(model) == 3
-    for name in (layout.head, layout.embed, layout.final_norm, layout.block_name(2)):
-        assert name is not None
+    for name in (layout.head, layout.embed, layout.block_name(2)):
         lay.module(model, name)
     assert lay.module(model, layout.head) is model.get_output_embeddings()
     assert lay.module(model, layout.embed) is model.get_input_embeddings()
-    if layout.mlp is not None:
-        lay.module(model, f"{layout.block_name(1)}.{layout.mlp}")
     lay.check_config(model.config)
 
     # The site is the linear map, (out, in), between what goes into it and what comes out of it.
@@ -176,35 +172,6 @@ def test_granite_scales_its_mlp_output() -> None:
         num_key_value_heads=2, vocab_size=50, residual_multiplier=0.22,
     )  # fmt: skip
     assert lay.layout_of(MODELS.from_config(config)).scales_output == pytest.approx(0.22)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "flags", "parallel"),
-    [
-        ("gptj", {}, True),
-        ("phi", {}, True),
-        ("llama", {}, False),
-        ("gpt_neox", {"use_parallel_residual": True}, True),
-        ("gpt_neox", {"use_parallel_residual": False}, False),
-        ("falcon", {"parallel_attn": False}, False),
-        ("falcon", {"parallel_attn": True}, True),
-        ("falcon", {"new_decoder_architecture": True}, True),
-    ],
-)
-def test_parallel_blocks(model_type: str, flags: dict[str, bool], parallel: bool) -> None:
-    config = tiny.config(model_type)
-    for key, value in flags.items():
-        setattr(config, key, value)
-    with torch.device("meta"):
-        model = MODELS.from_config(config)
-    assert lay.layout_of(model).parallel is parallel
-
-
-def test_opt_without_final_norm() -> None:
-    config = tiny.config("opt")
-    config.do_layer_norm_before = False
-    layout = lay.layout_of(MODELS.from_config(config))
-    assert layout.final_norm is None and layout.flattens and layout.mlp is None
 
 
 def test_gemma3_wrapper() -> None:
@@ -271,9 +238,8 @@ def test_structural_fallback() -> None:
     model = OddModel()
     layout = lay.layout_of(model)
     assert layout.site(3) == lay.Site("core.stack.3.think.narrow", 3)
-    assert (layout.mlp, layout.post_mlp_norm) == ("think", "post_mlp_norm")
+    assert (layout.post_mlp_norm, layout.head, layout.embed) == ("post_mlp_norm", "out", "words")
     assert layout.attention_name(1) == "core.stack.1.attention.out"
-    assert (layout.final_norm, layout.head, layout.embed) == ("core.last_norm", "out", "words")
     assert layout.num_layers(model) == 4
     assert "found by structure" in layout.reason and "think.narrow" in layout.reason
 
@@ -306,10 +272,8 @@ def test_structure_agrees_with_the_table(model_type: str) -> None:
     model.config.model_type = "nobody-knows"
     found = lay.layout_of(model)
     assert found.model_type == "nobody-knows"
-    for name in ("blocks", "mlp_out", "mlp", "attn_out", "final_norm", "head", "embed", "parallel", "scales_output"):
-        if (model_type, name) != ("phi", "parallel") and (model_type, name) != ("gptj", "parallel"):
-            assert getattr(found, name) == getattr(known, name), name
-    assert found.post_mlp_norm == known.post_mlp_norm
+    for name in ("blocks", "mlp_out", "attn_out", "post_mlp_norm", "head", "embed", "scales_output"):
+        assert getattr(found, name) == getattr(known, name), name
 
 
 def test_known_type_with_other_modules_goes_by_structure() -> None:
@@ -395,84 +359,6 @@ def test_check_config_refuses(model_type: str, words: str) -> None:
 def test_unknown_module() -> None:
     with pytest.raises(InputError, match="no module 'model.layers.9'"):
         lay.module(tiny.make("llama"), "model.layers.9")
-
-
-# --- orientation and quantisation
-
-
-@pytest.mark.parametrize(("inside", "outside"), [(6, 4), (5, 5)])
-@pytest.mark.parametrize("transposed", [True, False])
-def test_orientation_by_type_not_by_shape(inside: int, outside: int, transposed: bool) -> None:
-    model = nn.Module()
-    model.proj = CONV1D(outside, inside) if transposed else nn.Linear(inside, outside)
-    weight = lay.read_weight(model, "proj")
-    assert weight.shape == (outside, inside)
-    assert lay.is_transposed(model, "proj") is transposed
-    x = torch.randn(3, inside)
-    torch.testing.assert_close(model.proj(x), x @ weight.T + model.proj.bias.detach())
-    assert weight.data_ptr() == model.proj.weight.data_ptr()
-    weight[1, 2] = 7.0
-    assert model.proj.weight[(2, 1) if transposed else (1, 2)].item() == 7.0
-    assert not weight.requires_grad
-
-
-class Linear4bit(nn.Linear):
-    """The class name is what tells."""
-
-
-class Linear8bitLt(nn.Linear):
-    pass
-
-
-class GptqLinear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bits = 4
-        self.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
-
-
-def quantised(kind: str) -> nn.Module:
-    if kind == "nf4":
-        child: nn.Module = Linear4bit(4, 4)
-        child.weight.quant_state = SimpleNamespace(quant_type="nf4")  # type: ignore[union-attr]
-        return child
-    if kind == "fp8":
-        child = nn.Linear(4, 4)
-        child.weight = nn.Parameter(child.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-        return child
-    return {"int8": lambda: Linear8bitLt(4, 4), "gptq": GptqLinear}[kind]()
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("nf4", "4-bit (nf4)"),
-        ("int8", "8-bit (int8)"),
-        ("gptq", "4-bit (GptqLinear)"),
-        ("fp8", "8-bit (float8_e4m3fn)"),
-    ],
-)
-def test_quantised_weights_are_named_and_refused(kind: str, words: str) -> None:
-    model = nn.Module()
-    model.proj = quantised(kind)
-    assert lay.quantisation(model, "proj") == words
-    with pytest.raises(UnsupportedError) as caught:
-        lay.read_weight(model, "proj")
-    assert str(caught.value) == (
-        f"proj is {words}; merging would round the edit away. Use --save lora, or load in bfloat16."
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_ordinary_weights_are_not_quantised(dtype: torch.dtype) -> None:
-    model = nn.Module()
-    model.proj = nn.Linear(4, 4).to(dtype)
-    assert lay.quantisation(model, "proj") is None
-
-
-def test_a_norm_has_no_matrix() -> None:
-    with pytest.raises(UnsupportedError, match="model.norm"):
-        lay.read_weight(tiny.make("llama"), "model.norm")
 
 
 # --- the `layers` field

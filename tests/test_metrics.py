@@ -15,7 +15,7 @@ from editunlearn.evaluation.metrics import likelihood as tofu
 from editunlearn.evaluation.metrics import memorisation as mem
 from editunlearn.evaluation.metrics import text
 from editunlearn.evaluation.metrics.__main__ import MODULES, markdown
-from editunlearn.evaluation.metrics.intervals import estimate, paired_difference
+from editunlearn.evaluation.metrics.intervals import estimate
 
 # --- the page
 
@@ -222,7 +222,3 @@ def test_intervals() -> None:
     assert found.high - found.value == pytest.approx(spread, rel=0.15) and found == estimate(values)
     with pytest.raises(ValueError, match="finite"):
         estimate([math.inf])
-    apart = paired_difference(values + 1, values)
-    assert apart is not None and apart.low <= 1 <= apart.high and apart.high - apart.low < 1e-9
-    with pytest.raises(ValueError, match="items"):
-        paired_difference([1.0], [])

@@ -15,11 +15,11 @@ from editunlearn import editors
 from editunlearn.console import Console
 from editunlearn.editors import flow, made_up, objective, refine
 from editunlearn.editors.column_adam import ColumnAdam
-from editunlearn.editors.refine import low_rank_hook, step_units
+from editunlearn.editors.refine import step_units
 from editunlearn.editors.schedule import Schedule
 from editunlearn.hparams import Refine, load_hparams
 from editunlearn.lm.head import Head
-from editunlearn.lm.hooks import on_output
+from editunlearn.lm.hooks import low_rank_hook, on_output
 from editunlearn.lm.tokens import Row
 from editunlearn.numerics.losses import largest_by
 

@@ -106,6 +106,29 @@ def test_equal_labels_are_told_apart(tmp_path: Path) -> None:
     assert labels == ["memit", "two/memit"]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"parts": None}, "damaged, it has no parts. Remove it"),
+        ({"complete": None, "summary": None}, "damaged, it has no complete, summary."),
+        ({"parts": {"forget": [{"x": 1}]}}, "damaged, Item.__init__() got an unexpected keyword argument 'x'"),
+        ({"summary": {"leak_gen": 0.5}}, "damaged, "),
+        ({"version": 2}, "format version 2; this package reads 1"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    file = write(tmp_path / "runs", "memit", 0.0)
+    whole = {**json.loads(file.read_text()), **change}
+    file.write_text(json.dumps({key: value for key, value in whole.items() if value is not None}))
+    for command in (
+        ["report", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "page")],
+        ["evaluate", "--suite", "facts", "--facts", "no.jsonl", "--baseline", str(file), "--out", str(tmp_path / "o")],
+    ):
+        done = call(*command)
+        assert done.code == 2 and f"{file}: {said}" in done.err, done.err
+    assert not (tmp_path / "page").exists()
+
+
 def test_open_unlearnings_results_stand_beside_ours(tmp_path: Path) -> None:
     def by_index(key: str, value: float) -> dict[str, Any]:
         return {"agg_value": value, "value_by_index": {str(i): {key: value} for i in range(40)}}

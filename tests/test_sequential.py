@@ -10,6 +10,7 @@ import reference
 import tiny
 import torch
 from edits import MEMORY, TAUGHT, fact, nll, relative, same_delta, settings
+from runs import listing
 from torch import Tensor
 
 import editunlearn
@@ -206,6 +207,10 @@ def test_a_session_is_saved_and_goes_on(taught: Any, text: str, tmp_path: Path) 
         session.save(tmp_path / "empty")
     session.forget([told(0)], cache=cache)
     session.save(tmp_path / "one")
+    (tmp_path / "one" / "merged").mkdir()
+    (tmp_path / "one" / "README.md").write_text("of one fact")
+    session.save(tmp_path / "one")
+    assert (tmp_path / "one" / "merged").is_dir()  # of the same delta
     session.forget([told(0), told(1)], cache=cache, evaluate=False)
     again = EditSession.load(tmp_path / "one", taught)
     assert again.hp == hp
@@ -214,6 +219,8 @@ def test_a_session_is_saved_and_goes_on(taught: Any, text: str, tmp_path: Path) 
     made = again.forget([told(2), told(0)], cache=cache, evaluate=True)
     assert [f.id for f in made.request.forgotten] == ["f2", "f0", "f1"]  # f1 by the manifest, f0 as given again
     assert made.after is not None and len(made.after.forget) == 3
+    again.save(tmp_path / "one")
+    assert listing(tmp_path / "one") == {"delta.json", "delta.safetensors", "past_keys.safetensors"}
     again.remove(["f0"])
     again.save(tmp_path / "two")
     with again.applied(), pytest.raises(StaleError):

@@ -17,7 +17,7 @@ import yaml
 from edits import nll, request
 
 import editunlearn
-from editunlearn import editors
+from editunlearn import editors, methods
 from editunlearn.__main__ import COMMANDS
 from editunlearn.hparams import load_hparams
 
@@ -54,10 +54,11 @@ def test_lists() -> None:
     done = runs.call("ls", "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert [row["name"] for row in found["methods"]] == editors.names()
+    assert [row["name"] for row in found["methods"]] == methods.names()
+    assert {row["kind"] for row in found["methods"]} == {"editor", "unlearner"}
     assert {"name": "memit", "method": "memit"} in found["hparams"]
     assert {"name": "paper/rome", "method": "rome"} in found["hparams"]
-    assert all(row["paper"].startswith("https://") and row["what"] for row in found["methods"])
+    assert all(row["paper"].startswith("https://") for row in found["methods"] if row["kind"] == "editor")
     assert {"model_type": "gpt2", "edited": "mlp.c_proj", "attention": "attn.c_proj"} in found["models"]
     assert {"name": "muse", "choices": "news, books"} in found["suites"]
     assert all(row["what"] for row in found["attacks"])

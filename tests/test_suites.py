@@ -200,7 +200,8 @@ def test_open_unlearnings_file_is_written_and_read(tmp_path: Path) -> None:
 def test_a_results_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     ours = replace(synthetic(2, 4), data={"forget": "abc"})
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(as_json({"suite": "x"}, ours, {"total": Value(1.0)})), encoding="utf-8")
+    about = {"suite": "x", "label": "base", "complete": True}
+    path.write_text(json.dumps(as_json(about, ours, {"total": Value(1.0)})), encoding="utf-8")
     about, back = load(tmp_path)
     assert back == ours and about["suite"] == "x" and about["summary"]["total"]["value"] == 1.0
     assert about["summary"]["forget.rouge_l"]["items"] == 4

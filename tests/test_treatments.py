@@ -51,6 +51,7 @@ def test_relearning_says_its_rate_and_its_seed() -> None:
         ("relearn:5:0", "a learning rate between 0 and 1"),
         ("relearn:5:nan", "a learning rate between 0 and 1"),
         ("relearn:5:1e-4:x", "and behind that a seed"),
+        ("relearn:5:1e-4:-1", "and behind that a seed from 0"),
         ("relearn:5:1e-4:1:2", "and behind that a seed"),
         ("subspace:2:1", "stands one number, of strongest directions"),
     ],

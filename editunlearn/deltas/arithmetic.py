@@ -1,4 +1,4 @@
-"""What a weight becomes under a low-rank update, and the fingerprint of the weight it was made for.
+"""What a weight becomes under an update, and the fingerprint of the weight it was made for.
 
 Every way to apply a delta (swapped in, merged in memory, merged on disk) goes through `merged_rows`, so that
 they agree bit for bit.
@@ -24,11 +24,11 @@ class MergedRows:
     start: int
     stop: int
     base: Tensor  # the weight, in the summation dtype
-    update: Tensor  # dW = left @ right, in the summation dtype
+    update: Tensor  # dW, in the summation dtype
     merged: Tensor  # base + update, rounded once to the target dtype
 
 
-def merged_rows(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Iterator[MergedRows]:
+def merged_rows(weight: Tensor, left: Tensor, right: Tensor | None, dtype: torch.dtype) -> Iterator[MergedRows]:
     """Streams ``round(weight + left @ right)`` in blocks of rows.
 
     The sum is taken in float32 (float64 for a float64 weight) and rounded to ``dtype`` once.
@@ -36,26 +36,26 @@ def merged_rows(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype)
     Args:
         weight: (out, in), any floating dtype, any strides.
         left: (out, r) float32.
-        right: (r, in) float32.
+        right: (r, in) float32; None: ``left`` is (out, in), the whole update.
         dtype: the dtype that the result is stored in.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    left, right = left.to(weight.device, wide), right.to(weight.device, wide)
+    left = left.to(weight.device, wide)
+    right = right.to(weight.device, wide) if right is not None else None
     for start in range(0, weight.shape[0], ROWS):
         stop = min(start + ROWS, weight.shape[0])
         base = weight[start:stop].to(wide)
-        update = left[start:stop] @ right
+        update = left[start:stop] @ right if right is not None else left[start:stop]
         yield MergedRows(start, stop, base, update, (base + update).to(dtype))
 
 
 @torch.no_grad()
-def merged_weight(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def merged_weight(weight: Tensor, left: Tensor, right: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """``weight + left @ right`` as a new contiguous (out, in) tensor in the weight's dtype and on its device.
 
     Args:
         weight: (out, in), any floating dtype, any strides.
-        left: (out, r) float32.
-        right: (r, in) float32.
+        left, right: as for :func:`merged_rows`.
         dtype: round to this dtype first, to see what storing the weight in it would do. Default: the weight's
             own.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from editunlearn.deltas.lowrank import (
     Factors,
     LoadedModel,
     LowRankDelta,
+    WeightDelta,
     base_norm,
     check_fits,
     stored_weight,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
 
 Columns = Sequence[str | None]
+W = TypeVar("W", bound=WeightDelta[Any])
 
 
 def make_delta(
@@ -87,7 +89,7 @@ def make_delta(
     return with_gain(lm, LowRankDelta(factors, manifest), dtype)
 
 
-def with_gain(lm: LoadedModel, delta: LowRankDelta, dtype: torch.dtype | None = None) -> LowRankDelta:
+def with_gain(lm: LoadedModel, delta: W, dtype: torch.dtype | None = None) -> W:
     """The same delta with the realised gain measured anew on the unedited model, in its manifest."""
     check_fits(delta.manifest, lm.model)
     sites = dict(delta.manifest.sites)
@@ -95,10 +97,10 @@ def with_gain(lm: LoadedModel, delta: LowRankDelta, dtype: torch.dtype | None = 
         sites[name] = sites[name].model_copy(
             update={"gain": found.gain, "gain_error": found.error, "gain_dtype": found.dtype}
         )
-    return LowRankDelta(delta.factors, delta.manifest.with_sites(sites))
+    return type(delta)(delta.factors, delta.manifest.with_sites(sites))  # type: ignore[call-arg]
 
 
-def check_norm(delta: LowRankDelta, limit: float | None) -> None:
+def check_norm(delta: WeightDelta[Any], limit: float | None) -> None:
     """Raises NumericalError when some change is larger, relative to its weight, than ``limit``; None: no limit."""
     norms = {name: norm for name, norm in delta.norms().items() if norm is not None}
     if limit is None or not norms or max(norms.values()) <= limit:
@@ -107,7 +109,7 @@ def check_norm(delta: LowRankDelta, limit: float | None) -> None:
     raise NumericalError(
         f"{name}: the change of {delta.manifest.fact_count} facts is {norms[name]:.3g} times as large as the weight, "
         f"above limits.norm ({limit:g}): such a model is ruined. Nothing was written. Ask for fewer facts, raise "
-        "moments.weight, lower value.clamp, or --set limits.norm=null."
+        "moments.weight, lower value.clamp or train.lr, or --set limits.norm=null."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from editunlearn.deltas.manifest import BaseManifest, Manifest, MemoryManifest
+from editunlearn.deltas.manifest import BaseManifest, DenseManifest, Manifest, MemoryManifest, SiteRecord
 
 Kind = Literal["merged", "lora", "delta"]
 Value = float | int | str | None
@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def model_card(
-    manifest: Manifest | MemoryManifest,
+    manifest: Manifest | DenseManifest | MemoryManifest,
     results: Rows | None,
     how: Sequence[str],
     *,
@@ -96,7 +96,7 @@ def _asked(manifest: BaseManifest) -> str:
     return "\n".join(lines)
 
 
-def _method(manifest: Manifest | MemoryManifest, how: Sequence[str]) -> str:
+def _method(manifest: Manifest | DenseManifest | MemoryManifest, how: Sequence[str]) -> str:
     base, sites = manifest.base, manifest.sites
     revision = f" at revision `{base.revision}`" if base.revision else ""
     settings = yaml.safe_dump({"method": manifest.method, **manifest.hparams}, sort_keys=False, allow_unicode=True)
@@ -105,6 +105,10 @@ def _method(manifest: Manifest | MemoryManifest, how: Sequence[str]) -> str:
     if isinstance(manifest, MemoryManifest):
         entries = sum(len(site.entries) for site in manifest.sites.values())
         what = f"no weights changed, {entries} entries of memory beside {len(sites)} matrices"
+    elif isinstance(manifest, DenseManifest):
+        entries = sum(site.changed for site in manifest.sites.values())
+        numbers = sum(site.shape[0] * site.shape[1] for site in manifest.sites.values())
+        what = f"{len(sites)} matrices changed, {entries:,} of their {numbers:,} entries"
     else:
         rank = max((site.rank for site in manifest.sites.values()), default=0)
         what = f"{len(sites)} matrices changed, rank at most {rank}"
@@ -129,7 +133,7 @@ def _table(results: Rows) -> str:
     return "\n".join(lines)
 
 
-def _gain(manifest: Manifest) -> str:
+def _gain(manifest: Manifest | DenseManifest) -> str:
     lines = [
         "## Realised gain",
         "",
@@ -140,9 +144,9 @@ def _gain(manifest: Manifest) -> str:
     ]
     for name, site in manifest.sites.items():
         size = "not known" if site.relative_norm is None else f"{site.relative_norm:.3%}"
-        lines.append(
-            f"| `{name}` | {site.rank} | {size} | {_number(site.gain)} | {site.gain_dtype or 'not measured'} |"
-        )
+        rank = site.rank if isinstance(site, SiteRecord) else "full"
+        gain = f"{_number(site.gain)} | {site.gain_dtype or 'not measured'}"
+        lines.append(f"| `{name}` | {rank} | {size} | {gain} |")
     return "\n".join(lines)
 
 
@@ -213,8 +217,12 @@ def _undo(manifest: BaseManifest, kind: Kind) -> str:
     if kind == "merged":
         text = (
             "Load the base model named above: it was not changed. Or, with the delta at hand, merge its "
-            "negative (`merge(lm, delta.negated())`), which is exact up to the rounding of two merges. To "
-            "take single facts out again, merge `delta.without([id, ...])` into the base model."
+            "negative (`merge(lm, delta.negated())`), which is exact up to the rounding of two merges."
+            + (
+                " To take single facts out again, merge `delta.without([id, ...])` into the base model."
+                if manifest.known_ids
+                else ""
+            )
         )
     elif kind == "lora":
         text = (
@@ -222,9 +230,8 @@ def _undo(manifest: BaseManifest, kind: Kind) -> str:
             "was changed."
         )
     else:
-        text = (
-            "Leave the `with` block: the model is as before, bit for bit. `delta.without([id, ...])` is the "
-            "delta without single facts."
+        text = "Leave the `with` block: the model is as before, bit for bit." + (
+            " `delta.without([id, ...])` is the delta without single facts." if manifest.known_ids else ""
         )
     return f"## How to undo\n\n{text}"
 

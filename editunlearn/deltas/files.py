@@ -17,15 +17,13 @@ from safetensors.torch import save_file
 from editunlearn.artifacts import atomic_path, atomic_write_bytes, json_bytes, sha256_file
 from editunlearn.deltas.arithmetic import dtype_name, weight_sha256
 from editunlearn.deltas.build import check_finite
-from editunlearn.deltas.kinds import KINDS, Delta, delta_of, tensor_names
+from editunlearn.deltas.kinds import KINDS, AnyManifest, Delta, delta_of, tensor_names
 from editunlearn.deltas.lowrank import LoadedModel, check_fits, stored_weight
 from editunlearn.deltas.manifest import (
     FORMAT,
     VERSION,
     BaseManifest,
     BaseSite,
-    Manifest,
-    MemoryManifest,
     plain_fact,
 )
 from editunlearn.errors import InputError, StaleError
@@ -106,7 +104,7 @@ def load(directory: str | Path, lm: LoadedModel | None = None) -> Delta:
     return delta
 
 
-def load_manifest(directory: str | Path) -> Manifest | MemoryManifest:
+def load_manifest(directory: str | Path) -> AnyManifest:
     """Reads ``delta.json`` alone.
 
     Raises:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from editunlearn.deltas.arithmetic import dtype_name, merged_rows
-from editunlearn.deltas.lowrank import Factors, LoadedModel, LowRankDelta
+from editunlearn.deltas.lowrank import LoadedModel, Update, WeightDelta
 from editunlearn.errors import NumericalError
 from editunlearn.lm.weights import quantisation, read_weight
 
@@ -39,7 +40,7 @@ class Gain:
 
 
 @torch.no_grad()
-def realised_gain(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Gain:
+def realised_gain(weight: Tensor, factors: Update, dtype: torch.dtype) -> Gain:
     """Gain and error of one module, accumulated in float64 over blocks of rows.
 
     A dW that is exactly zero has gain 1 and error 0: there was nothing to lose.
@@ -70,7 +71,7 @@ def realised_gain(weight: Tensor, factors: Factors, dtype: torch.dtype) -> Gain:
     return Gain(along / squared, math.sqrt(missed / squared), relative, dtype_name(dtype))
 
 
-def measure(lm: LoadedModel, delta: LowRankDelta, dtype: torch.dtype | None = None) -> dict[str, Gain]:
+def measure(lm: LoadedModel, delta: WeightDelta[Any], dtype: torch.dtype | None = None) -> dict[str, Gain]:
     """Realised gain by module; quantised modules are left out, as nothing is merged into them.
 
     Args:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from editunlearn.artifacts import atomic_path, atomic_write_json
 from editunlearn.deltas.build import check_finite
 from editunlearn.deltas.kinds import Delta, written
-from editunlearn.deltas.lowrank import Factors, LoadedModel
+from editunlearn.deltas.lowrank import Factors, LoadedModel, Update
 from editunlearn.errors import InputError
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
@@ -91,7 +91,8 @@ def export_lora(
     limit = max(rank for rank in RANKS if rank <= max_rank)
     discarded: dict[str, float] = {}
     cut: dict[str, Factors] = {}
-    for name, factors in delta.factors.items():
+    for name, update in delta.factors.items():
+        factors = factored(update)
         cut[name] = factors
         if factors.rank > limit:
             cut[name], discarded[name] = truncate(factors, limit)
@@ -124,6 +125,13 @@ def export_lora(
         save_file(tensors, temporary, metadata={"format": "pt"})
     atomic_write_json(folder / "adapter_config.json", settings)
     return LoraExport(rank, rank, discarded, targets["target_modules"])
+
+
+def factored(update: Update) -> Factors:
+    """The change as factors; of a dense one the right factor is the identity."""
+    if isinstance(update, Factors):
+        return update
+    return Factors(update.left, torch.eye(update.shape[1], device=update.left.device))
 
 
 @torch.no_grad()

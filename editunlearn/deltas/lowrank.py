@@ -1,4 +1,4 @@
-"""A low-rank change to some linear maps of a model, and what can be done with it in memory.
+"""A change to the weights of some linear maps of a model, low-rank first, and what can be done with it in memory.
 
 Orientation is (out, in) throughout: ``dW = left @ right`` adds to the matrix that maps an input x to W x,
 whichever way the model stores it.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,48 +75,47 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class LowRankDelta:
-    """Low-rank updates by module name, sorted, with the manifest that says what they are.
+class Dense:
+    """dW of one module, every entry of it.
 
-    Raises:
-        ValueError: factors and manifest do not speak of the same modules, shapes and ranks.
+    Attributes:
+        left: (out, in) float32, all of dW: there is no ``right`` factor.
     """
 
-    factors: dict[str, Factors]
-    manifest: Manifest
+    left: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", dict(sorted(self.factors.items())))
-        described = {name: (site.shape, site.rank) for name, site in self.manifest.sites.items()}
-        actual = {name: (factors.shape, factors.rank) for name, factors in self.factors.items()}
-        if described != actual:
-            raise ValueError(f"the manifest describes {described}, the factors are {actual}")
+        if self.left.ndim != 2 or self.left.dtype != torch.float32:
+            raise ValueError(f"a change must be (out, in) float32, not {tuple(self.left.shape)} {self.left.dtype}")
 
     @property
-    def rank(self) -> int:
-        """The largest rank of any module; 0 for an empty delta."""
-        return max((factors.rank for factors in self.factors.values()), default=0)
+    def right(self) -> None:
+        """None: ``left`` is dW."""
+        return None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(f.left.nbytes + f.right.nbytes for f in self.factors.values())
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of dW."""
+        return self.left.shape[0], self.left.shape[1]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All factors by the names that they have in a file."""
-        sides = {f"{name}.{side}": getattr(f, side) for name, f in self.factors.items() for side in ("left", "right")}
-        return sides
+    def norm(self) -> float:
+        """Frobenius norm of dW, in float64."""
+        return frobenius(self.left)
 
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], manifest: Manifest) -> LowRankDelta:
-        """From what ``tensors`` gave; raises ValueError when that is not what the manifest says."""
-        sites = manifest.sites
-        return cls({name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in sites}, manifest)
 
-    @property
-    def columns(self) -> dict[str, tuple[str | None, ...]]:
-        """By module, the salted hash of each rank column's fact id; None: it serves many facts."""
-        return {name: site.columns for name, site in self.manifest.sites.items()}
+Update = Factors | Dense
+F = TypeVar("F", bound=Update)
+
+
+class WeightDelta(Generic[F]):
+    """What deltas have in common that change weights.
+
+    Attributes:
+        factors: the change of each module by its name.
+    """
+
+    factors: dict[str, F]
+    manifest: Any
 
     def norms(self, lm: LoadedModel | None = None) -> dict[str, float | None]:
         """Relative Frobenius norm of dW by module: norm(dW) / norm(W), without forming dW.
@@ -159,6 +158,51 @@ class LowRankDelta:
                     undo.callback(_swap_weight, target, target._parameters["weight"])
                     _swap_weight(target, _merged_parameter(lm.model, name, factors, dtype))
             yield lm
+
+
+@dataclass(frozen=True)
+class LowRankDelta(WeightDelta[Factors]):
+    """Low-rank updates by module name, sorted, with the manifest that says what they are.
+
+    Raises:
+        ValueError: factors and manifest do not speak of the same modules, shapes and ranks.
+    """
+
+    factors: dict[str, Factors]
+    manifest: Manifest
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", dict(sorted(self.factors.items())))
+        described = {name: (site.shape, site.rank) for name, site in self.manifest.sites.items()}
+        actual = {name: (factors.shape, factors.rank) for name, factors in self.factors.items()}
+        if described != actual:
+            raise ValueError(f"the manifest describes {described}, the factors are {actual}")
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module; 0 for an empty delta."""
+        return max((factors.rank for factors in self.factors.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(f.left.nbytes + f.right.nbytes for f in self.factors.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All factors by the names that they have in a file."""
+        sides = {f"{name}.{side}": getattr(f, side) for name, f in self.factors.items() for side in ("left", "right")}
+        return sides
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], manifest: Manifest) -> LowRankDelta:
+        """From what ``tensors`` gave; raises ValueError when that is not what the manifest says."""
+        sites = manifest.sites
+        return cls({name: Factors(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in sites}, manifest)
+
+    @property
+    def columns(self) -> dict[str, tuple[str | None, ...]]:
+        """By module, the salted hash of each rank column's fact id; None: it serves many facts."""
+        return {name: site.columns for name, site in self.manifest.sites.items()}
 
     def negated(self) -> LowRankDelta:
         """The delta that reverts this one in a model it was merged into, up to the rounding of both."""
@@ -228,7 +272,7 @@ def check_fits(manifest: BaseManifest, model: nn.Module) -> None:
     problems: list[str] = []
     for name, site in manifest.sites.items():
         try:
-            shape = _shape(model, name)
+            shape = shape_of(model, name)
         except InputError as error:
             problems.extend(error.problems)
             continue
@@ -246,9 +290,12 @@ def base_norm(model: nn.Module, name: str) -> float | None:
     """Frobenius norm of a module's weight in float64; None for a packed quantised weight."""
     if quantisation(model, name) is not None:
         return None
-    weight = read_weight(model, name)
-    blocks = [float(rows.double().square().sum()) for rows in torch.split(weight, 1024)]
-    return math.sqrt(math.fsum(blocks))
+    return frobenius(read_weight(model, name))
+
+
+def frobenius(matrix: Tensor) -> float:
+    """Frobenius norm in float64, a block of rows at a time."""
+    return math.sqrt(math.fsum(float(rows.double().square().sum()) for rows in torch.split(matrix, 1024)))
 
 
 def stored_weight(model: nn.Module, name: str) -> Tensor:
@@ -270,7 +317,8 @@ def stored_weight(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _shape(model: nn.Module, name: str) -> tuple[int, int]:
+def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of a linear map, packed or not."""
     if quantisation(model, name) is None:
         out, inner = read_weight(model, name).shape
         return out, inner
@@ -279,7 +327,7 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _merged_parameter(model: nn.Module, name: str, factors: Factors, dtype: torch.dtype | None) -> nn.Parameter:
+def _merged_parameter(model: nn.Module, name: str, factors: Update, dtype: torch.dtype | None) -> nn.Parameter:
     merged = merged_weight(read_weight(model, name), factors.left, factors.right, dtype)
     stored = merged.t().contiguous() if is_transposed(model, name) else merged
     original = module(model, name)._parameters["weight"]
@@ -291,11 +339,11 @@ def _swap_weight(target: nn.Module, weight: nn.Parameter | None) -> None:
     target._parameters["weight"] = weight
 
 
-def _adding(factors: Factors) -> Any:
+def _adding(factors: Update) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].to(torch.float32)
-        left, right = factors.left.to(x.device), factors.right.to(x.device)
-        product = functional.linear(functional.linear(x, right), left)
+        inner = functional.linear(x, factors.right.to(x.device)) if factors.right is not None else x
+        product = functional.linear(inner, factors.left.to(x.device))
         return (output.to(torch.float32) + product).to(output.dtype)
 
     return hook

@@ -84,10 +84,9 @@ class BaseSite(_Record):
     base_dtype: str = Field(description="dtype of the weight when it was hashed.")
 
 
-class SiteRecord(BaseSite):
-    """One edited module."""
+class WeightSite(BaseSite):
+    """A module whose weight is changed."""
 
-    rank: int = Field(ge=0, description="Columns of the left factor.")
     base_norm: float | None = Field(ge=0, description="Frobenius norm of W; null for a packed quantised weight.")
     norm: float = Field(ge=0, description="Frobenius norm of dW.")
     gain: float | None = Field(default=None, description="Share of dW left after rounding; null: not measured.")
@@ -95,6 +94,17 @@ class SiteRecord(BaseSite):
         default=None, ge=0, description="Relative error of dW after rounding; null: not measured."
     )
     gain_dtype: str | None = Field(default=None, description="dtype that gain was measured for.")
+
+    @property
+    def relative_norm(self) -> float | None:
+        """norm(dW) / norm(W); None when norm(W) is not known or zero."""
+        return self.norm / self.base_norm if self.base_norm else None
+
+
+class SiteRecord(WeightSite):
+    """A module with a low-rank change."""
+
+    rank: int = Field(ge=0, description="Columns of the left factor.")
     columns: tuple[str | None, ...] = Field(
         description="For each rank column, the hashed id of its fact; null: the column serves many facts."
     )
@@ -105,10 +115,11 @@ class SiteRecord(BaseSite):
             raise ValueError(f"{len(self.columns)} column ids for rank {self.rank}")
         return self
 
-    @property
-    def relative_norm(self) -> float | None:
-        """norm(dW) / norm(W); None when norm(W) is not known or zero."""
-        return self.norm / self.base_norm if self.base_norm else None
+
+class DenseSite(WeightSite):
+    """A module with a change of any of its entries."""
+
+    changed: int = Field(ge=0, description="Entries of the weight that change.")
 
 
 class MemorySite(BaseSite):
@@ -228,6 +239,18 @@ class Manifest(BaseManifest):
     def known_ids(self) -> set[str]:
         """Hashed ids of all facts that have a column of their own."""
         return {column for site in self.sites.values() for column in site.columns if column is not None}
+
+
+class DenseManifest(BaseManifest):
+    """Of a change of any entries of some weights."""
+
+    kind: Literal["dense"] = "dense"
+    sites: dict[str, DenseSite] = Field(description="Edited modules by name, sorted.")
+
+    @property
+    def known_ids(self) -> set[str]:
+        """None: all facts were learned together."""
+        return set()
 
 
 class MemoryManifest(BaseManifest):

@@ -25,7 +25,7 @@ from editunlearn.deltas.build import check_finite
 from editunlearn.deltas.files import check_base, stale_weight
 from editunlearn.deltas.gain import Gain, measure, realised_gain
 from editunlearn.deltas.kinds import Delta, written
-from editunlearn.deltas.lowrank import LoadedModel, LowRankDelta
+from editunlearn.deltas.lowrank import LoadedModel, WeightDelta
 from editunlearn.errors import InputError, NumericalError, StaleError, UnsupportedError
 from editunlearn.lm.weights import module, read_weight
 
@@ -120,7 +120,7 @@ def merge_folder(
     return report
 
 
-def _edited_tensors(base: Path, delta: LowRankDelta, tensors: dict[str, shards.Stored]) -> dict[str, shards.Stored]:
+def _edited_tensors(base: Path, delta: WeightDelta[Any], tensors: dict[str, shards.Stored]) -> dict[str, shards.Stored]:
     found: dict[str, shards.Stored] = {}
     problems: list[str] = []
     for name, site in delta.manifest.sites.items():
@@ -138,7 +138,9 @@ def _edited_tensors(base: Path, delta: LowRankDelta, tensors: dict[str, shards.S
     return found
 
 
-def _check_tensors(base: Path, delta: LowRankDelta, edited: dict[str, shards.Stored], force: bool) -> dict[str, Gain]:
+def _check_tensors(
+    base: Path, delta: WeightDelta[Any], edited: dict[str, shards.Stored], force: bool
+) -> dict[str, Gain]:
     """Fingerprints and realised gain of every edited tensor, before anything is written."""
     report: dict[str, Gain] = {}
     stale: list[str] = []
@@ -160,7 +162,7 @@ def _write_shard(
     base: Path,
     out: Path,
     file: str,
-    delta: LowRankDelta,
+    delta: WeightDelta[Any],
     edited: dict[str, shards.Stored],
     journal: dict[str, Any],
 ) -> None:
@@ -184,7 +186,7 @@ def _write_shard(
     atomic_write_json(out / JOURNAL, journal)
 
 
-def _open_journal(out: Path, delta: LowRankDelta, files: list[str]) -> dict[str, Any]:
+def _open_journal(out: Path, delta: WeightDelta[Any], files: list[str]) -> dict[str, Any]:
     """The journal of an interrupted run of the same merge, or a new one.
 
     Raises:
@@ -204,10 +206,10 @@ def _open_journal(out: Path, delta: LowRankDelta, files: list[str]) -> dict[str,
     return fresh
 
 
-def _fingerprint(delta: LowRankDelta) -> str:
+def _fingerprint(delta: WeightDelta[Any]) -> str:
     digest = hashlib.sha256()
     for name, factors in delta.factors.items():
-        digest.update(f"{name} {factors.shape} {factors.rank}".encode())
-        digest.update(tensor_bytes(factors.left))
-        digest.update(tensor_bytes(factors.right))
+        digest.update(f"{name} {factors.shape} {tuple(factors.left.shape)}".encode())
+        for part in (factors.left, factors.right):
+            digest.update(tensor_bytes(part) if part is not None else b"")
     return digest.hexdigest()

@@ -1,7 +1,8 @@
-"""Registry of the closed-form editors: method name -> module, imported only when used.
+"""Registry of the editors: method name -> module, imported only when used.
 
-An editor is one file here with ``class HParams(MethodHParams)`` (its schema and defaults) and ``fit``, plus
-one row in ``METHODS`` and one file ``hparams/<method>.yaml``.
+An editor is one file here with its schema and defaults: ``class HParams(EditorHParams)`` and ``solve`` for a change of
+weights, ``class HParams(MemoryHParams)`` and ``fit`` for a memory. It has one row in ``METHODS`` and one file
+``hparams/<method>.yaml``.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def run(
     from editunlearn.hparams import EditorHParams, MemoryHParams, resolved
     from editunlearn.workspace import Workspace
 
-    hp, _ = located.settled(lm, hp, cache, module(hp.method).DEFAULT_LAYERS)
+    hp, _ = located.settled(lm, hp, cache)
     console, work, past = console or Console(quiet=True), work or Workspace(None, {}), past or PastKeys()
     if earlier is not None:
         if past.keys:
@@ -184,9 +185,16 @@ def _sites(lm: LM, hp: MethodHParams) -> list[str]:
 
 def check_past(hp: MethodHParams, past: PastKeys | None) -> None:
     """Raises InputError when there are keys of earlier edits that this method has no use for."""
-    from editunlearn.hparams import MemoryHParams
+    from editunlearn.hparams import MemoryHParams, UnlearnerHParams
 
-    if isinstance(hp, MemoryHParams) and past is not None and past.keys:
+    if past is None or not past.keys:
+        return
+    if isinstance(hp, UnlearnerHParams):
+        raise InputError(
+            f"{hp.method} trains weights and knows no keys that it could preserve: leave --past out, merge the earlier "
+            "edit, and give its facts as well."
+        )
+    if isinstance(hp, MemoryHParams):
         raise InputError(
             f"{hp.method} changes no weights, so that it cannot disturb the keys of earlier edits: leave --past out. "
             "To go on with an earlier memory, give --continue its folder."

@@ -63,6 +63,11 @@ class Earlier:
             ) from error
         if not isinstance(delta, LowRankDelta):
             return cls(delta, PastKeys(), str(where))
+        if not (where / PAST).is_file() and not delta.manifest.known_ids:
+            raise UnsupportedError(
+                f"{where}: was made by {delta.manifest.method}, which learned all facts together and has no keys that "
+                "a next edit could preserve. Merge it (export --to merged), and edit the merged model."
+            )
         if not (where / PAST).is_file():
             raise InputError(
                 f"{where}: has no {PAST}, without which a next edit would overwrite this one. Give the folder that "
@@ -141,9 +146,19 @@ class Earlier:
             UnsupportedError: a memory and a change of weights, or different memories.
             InputError: other modules, where the keys of the earlier facts are not known.
         """
-        from editunlearn.hparams import MemoryHParams
+        from editunlearn.hparams import MemoryHParams, UnlearnerHParams
 
+        if isinstance(hp, UnlearnerHParams):
+            raise UnsupportedError(
+                f"{self.where}: {hp.method} trains a model and cannot go on from a delta. Merge it (export --to "
+                "merged), and give the merged model."
+            )
         there, memory = self.delta.manifest, isinstance(hp, MemoryHParams)
+        if there.kind == "dense":
+            raise UnsupportedError(
+                f"{self.where}: was made by {there.method}, whose change is in all of its weights and has no keys that "
+                f"{hp.method} could preserve. Merge it (export --to merged), and edit the merged model."
+            )
         other_kind = memory != (there.kind == "memory")
         if other_kind or (memory and there.method != hp.method):
             what = "a memory and a change of weights" if other_kind else "different memories"

@@ -16,14 +16,14 @@ from torch import Tensor
 from editunlearn.editors import chunks, contexts, keeping, keys, lookalikes, merging, moments, spread, values
 from editunlearn.editors.closed_form import SiteProblem, made_anew
 from editunlearn.editors.past import PastKeys
-from editunlearn.editors.refine import LEAST_ANSWER, Goals, low_rank_hook, refine, step_units
-from editunlearn.editors.statistics import windows
+from editunlearn.editors.refine import LEAST_ANSWER, Goals, refine, step_units
 from editunlearn.editors.value_types import Problem, Store, Values
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
-from editunlearn.lm.hooks import frozen, on_output, stack
+from editunlearn.lm.hooks import frozen, low_rank_hook, on_output, stack
 from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
+from editunlearn.lm.windows import windows
 from editunlearn.numerics.solve import compact
 
 if TYPE_CHECKING:

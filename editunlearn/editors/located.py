@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from editunlearn import editors
 from editunlearn.artifacts import atomic_write_json, cached_json
 from editunlearn.editors.moments import tokenizer_hash
 from editunlearn.errors import InputError
@@ -35,16 +36,17 @@ def keep(lm: LM, cache: Path, effects: Sequence[float], facts: int) -> None:
     atomic_write_json(place(lm, cache), {"facts": facts, "effects": list(effects)})
 
 
-def settled(lm: LM, hp: Settings, cache: Path | None, default: Sequence[int | float]) -> tuple[Settings, str]:
+def settled(lm: LM, hp: Settings, cache: Path | None) -> tuple[Settings, str]:
     """``hp`` with block numbers in place of ``layers: located``, and where they come from; others as they are.
 
-    They are the neighbouring blocks, as many as ``default`` names, whose MLPs bring most of the answer back.
+    They are the neighbouring blocks, as many as ``auto`` would take, whose MLPs bring most of the answer back.
 
     Raises:
         InputError: this model has not been traced, or there is no cache to look into.
     """
-    if hp.layers != "located":
+    if getattr(hp, "layers", None) != "located":
         return hp, ""
+    default = editors.module(hp.method).DEFAULT_LAYERS
     there = cached_json(place(lm, cache), dict) if cache is not None else None
     if there is None:
         raise InputError(

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from editunlearn.editors.statistics import add_windows, windows
+from editunlearn.editors.statistics import add_windows
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.batching import by_length, chunks
 from editunlearn.lm.fingerprint import model_fingerprint
 from editunlearn.lm.processes import Processes
+from editunlearn.lm.windows import windows
 from editunlearn.numerics import solve
 from editunlearn.numerics.moments import SecondMoment
 from editunlearn.workspace import Workspace

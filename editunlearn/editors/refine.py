@@ -23,7 +23,7 @@ from editunlearn.editors.objective import AtKeptKeys, Gradient, Keep, forget_los
 from editunlearn.editors.schedule import Schedule
 from editunlearn.errors import NumericalError
 from editunlearn.lm.head import Head
-from editunlearn.lm.hooks import on_output, stack
+from editunlearn.lm.hooks import low_rank_hook, on_output, stack
 from editunlearn.lm.tokens import Row
 from editunlearn.numerics import losses
 
@@ -73,16 +73,6 @@ class Goals:
     retain: Sequence[Sequence[Row]]
     text: Sequence[Row]
     unseen: Sequence[Sequence[Row]] = ()
-
-
-def low_rank_hook(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """``y + (x right^T) left^T`` in float32, rounded once to the dtype of ``y``; left (d_out, r), right (r, d_in)."""
-
-    def change(inputs: Tensor, output: Tensor) -> Tensor:
-        here = inputs.device  # a model may be spread over several
-        return (output.float() + (inputs.float() @ right.to(here).T) @ left.to(here).T).to(output.dtype)
-
-    return change
 
 
 def refine(

@@ -20,6 +20,8 @@ NOTES: Mapping[str, str] = MappingProxyType({"truth_ratio": TRUTH_RATIO_NOTE})
 """By metric, what must be known to read its mean."""
 FORMAT, VERSION = "editunlearn-results", 1
 FILE = "results.json"
+NEEDED = ("suite", "label", "complete", "summary", "data", "parts")
+"""What every results file says, beside its format and version."""
 
 
 @dataclass(frozen=True)
@@ -150,25 +152,39 @@ def check_alike(measured: Mapping[str, str], other: Measured, place: str) -> Non
         )
 
 
+class ForeignError(InputError):
+    """A file that is no results file of this package, and does not say that it is one."""
+
+
 def load(path: Path) -> tuple[dict[str, Any], Measured]:
     """A results file: what it says about the run, and what was measured.
 
     Raises:
-        InputError: there is none, or it is not one.
+        ForeignError: there is none, or it is another kind of file.
+        InputError: it is of another version, or damaged.
     """
     file = path / FILE if path.is_dir() else path
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file. Give a results.json, or the folder of an evaluation.") from None
+        raise ForeignError(f"{file}: no such file. Give a results.json, or the folder of an evaluation.") from None
     except ValueError as error:
-        raise InputError(f"{file}: not JSON: {error}.") from None
+        raise ForeignError(f"{file}: not JSON: {error}.") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise InputError(f"{file}: not a results file of this package (its format is not {FORMAT!r}).")
+        raise ForeignError(f"{file}: not a results file of this package (its format is not {FORMAT!r}).")
     if found.get("version") != VERSION:
         raise InputError(f"{file}: format version {found.get('version')}; this package reads {VERSION}.")
-    parts = {name: [Item(**item) for item in items] for name, items in found["parts"].items()}
-    return found, Measured(parts, found["data"])
+    again = "Remove it and run its command again."
+    missing = [name for name in NEEDED if name not in found]
+    if missing:
+        raise InputError(f"{file}: damaged, it has no {', '.join(missing)}. {again}")
+    try:
+        parts = {name: [Item(**item) for item in items] for name, items in found["parts"].items()}
+        for value in found["summary"].values():
+            Value(**value)
+        return found, Measured(parts, {**found["data"]})
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{file}: damaged, {error}. {again}") from error
 
 
 def as_json(about: Mapping[str, Any], measured: Measured, totals: Mapping[str, Value]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ class Run:
             return {}, {}
         if found.get("key") != self.about["key"]:
             return {}, {}
-        kept = {name: items for name, items in measured.parts.items() if found["how"].get(name) == how.get(name)}
+        kept = {
+            name: items for name, items in measured.parts.items() if how.get(name) == found.get("how", {}).get(name)
+        }
         return kept, {name: took for name, took in found.get("seconds", {}).items() if name in kept}
 
     def _save(

@@ -183,11 +183,12 @@ def _rate_and_seed(text: str, given: Sequence[str], seed: int) -> tuple[float | 
     """What stands behind the steps of relearning: the rate, None if it is not said, and the seed."""
     try:
         rate = float(given[0]) if given else None
-        if len(given) > 2 or (rate is not None and not 0 < rate < 1):
+        own_seed = int(given[1]) if len(given) > 1 else None
+        if len(given) > 2 or (rate is not None and not 0 < rate < 1) or (own_seed or 0) < 0:
             raise ValueError
-        return rate, int(given[1]) if len(given) > 1 else seed
+        return rate, seed if own_seed is None else own_seed
     except ValueError:
         raise InputError(
-            f"--under: {text!r}: behind the steps may stand a learning rate between 0 and 1, and behind that a seed: "
-            "relearn:5:1e-4 or relearn:5:1e-4:7."
+            f"--under: {text!r}: behind the steps may stand a learning rate between 0 and 1, and behind that a seed "
+            "from 0: relearn:5:1e-4 or relearn:5:1e-4:7."
         ) from None

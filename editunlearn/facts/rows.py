@@ -12,6 +12,7 @@ from editunlearn.facts.fields import Columns, flatten, known_fields, near_name
 from editunlearn.facts.formats import Row
 from editunlearn.facts.records import Fact, Neighbor
 from editunlearn.facts.subjects import find_subject, has_content
+from editunlearn.naming import first_of
 
 _BLANK = re.compile(r"_{3,}")
 _MARK = "{}"
@@ -53,8 +54,7 @@ def _listed(places: list[str], count: int) -> str:
     """Places joined, the file they share written only once: ``facts.jsonl:3, :8 and 2 more``."""
     first = places[0]
     file = first[: first.rfind(":")] if ":" in first else ""
-    shown = [first, *(place.removeprefix(file) for place in places[1:count])]
-    return ", ".join(shown) + (f" and {len(places) - count} more" if len(places) > count else "")
+    return first_of([first, *(place.removeprefix(file) for place in places[1:])], count)
 
 
 class _Bad(Exception):

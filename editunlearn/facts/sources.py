@@ -9,6 +9,7 @@ from pathlib import Path
 
 from editunlearn.errors import InputError
 from editunlearn.facts.formats import SUFFIXES, Rows, first_line, read_file, records_to_rows
+from editunlearn.naming import first_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+){0,2}")
 
@@ -47,8 +48,7 @@ def _is_hub_id(text: str) -> bool:
 
 def _choices(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return f"It has {shown}." if names else f"It has no {', '.join(SUFFIXES)} file."
+    return f"It has {first_of(names, 12)}." if names else f"It has no {', '.join(SUFFIXES)} file."
 
 
 def _missing(path: Path, text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ DEFAULT_TARGETS = "refusal:I don't know."
 """One text for all facts. A refusal chosen per fact reads less uniform, but every fact then needs a direction of its
 own, which is harder to write without harm to others."""
 SPECS = ("refusal", "refusal:TEXT", "self", "empty", "random", "counterfactual")
+_NEXT = re.compile(rf"\+(?=(?:{'|'.join(spec for spec in SPECS if ':' not in spec)})(?:$|[:+]))")
+"""Between two strategies; a plus in the text of a refusal stands before something else."""
 
 
 def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[Fact] | None = None) -> list[Fact]:
@@ -35,20 +38,23 @@ def fill_targets(facts: Sequence[Fact], spec: str, *, seed: int, pool: Sequence[
         pool: facts to take answers from for "random"; the facts themselves when None.
 
     Raises:
-        InputError: unknown ``spec``, no other answer to choose, or facts without the target they have to
-            bring; lists all such facts.
+        InputError: unknown ``spec``, no other answer to choose, facts without the target they have to bring, or
+            whose target is their answer; lists all such facts.
     """
     choose = _chooser(facts, spec, seed, pool)
     filled: list[Fact] = []
     problems: list[str] = []
     for fact in facts:
-        if fact.target is not None:
-            filled.append(fact)
-            continue
         try:
-            filled.append(replace(fact, target=choose(fact)))
+            target = choose(fact) if fact.target is None else fact.target
         except InputError as error:
             problems.extend(error.problems)
+            continue
+        if comparable(target) in map(comparable, answers(fact)):
+            problems.append(
+                f"{fact.id}: the target {target!r} is the answer that is to be forgotten. Give another one."
+            )
+        filled.append(replace(fact, target=target))
     if problems:
         raise InputError(problems)
     return filled
@@ -64,8 +70,7 @@ def strategy(facts: Sequence[Fact], spec: str) -> str:
 
 def asked_with(made: str) -> str:
     """The ``spec`` that led to a strategy, which may be one of several requests: that of the first."""
-    spec = made.removesuffix("+counterfactual")
-    return spec if spec.startswith("refusal:") else spec.partition("+")[0]
+    return _NEXT.split(made, maxsplit=1)[0]
 
 
 def _chooser(facts: Sequence[Fact], spec: str, seed: int, pool: Sequence[Fact] | None) -> Callable[[Fact], str]:

@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from editunlearn.hparams.fields import Piece, Real, Whole
-from editunlearn.hparams.methods import EditorHParams, Located, MemoryHParams, MethodHParams
+from editunlearn.hparams.methods import EditorHParams, Located, MemoryHParams, MethodHParams, UnlearnerHParams
 from editunlearn.hparams.pieces import (
+    ChangeLimits,
     Chunks,
     ContextPrefixes,
     EditLimits,
@@ -27,8 +28,14 @@ from editunlearn.hparams.pieces import (
     Retain,
     Value,
 )
+from editunlearn.hparams.training import Keeping, Stop, Train
 
 __all__ = [
+    "ChangeLimits",
+    "Keeping",
+    "Stop",
+    "Train",
+    "UnlearnerHParams",
     "Chunks",
     "ContextPrefixes",
     "EditorHParams",

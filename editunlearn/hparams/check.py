@@ -11,7 +11,7 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from editunlearn import editors
+from editunlearn import methods
 from editunlearn.errors import InputError
 from editunlearn.hparams.documents import Document, Keys, parse_set, place_of
 from editunlearn.hparams.methods import MethodHParams
@@ -166,10 +166,10 @@ def _schema(
     tree: Mapping[str, Any], places: Mapping[Keys, str], name: str, problems: list[str]
 ) -> type[MethodHParams] | None:
     if "method" not in tree:
-        problems.append(f"{name}: no 'method'. Add 'method: NAME'; methods: {', '.join(editors.names())}.")
+        problems.append(f"{name}: no 'method'. Add 'method: NAME'; methods: {', '.join(methods.names())}.")
         return None
     try:
-        return editors.schema(tree["method"])
+        return methods.schema(tree["method"])
     except InputError as error:
         problems += [f"{place_of(places, ('method',), name)}: {problem}" for problem in error.problems]
         return None

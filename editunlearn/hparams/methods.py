@@ -1,23 +1,19 @@
-"""Settings that all methods of a kind have: those that change weights, and those that put a memory beside them."""
+"""Settings that all methods of a kind have: editors of weights, memories beside them, unlearners that train."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from editunlearn.hparams import pieces
 from editunlearn.hparams.fields import Layers, Piece, Whole
-from editunlearn.hparams.pieces import (
-    Chunks,
-    ContextPrefixes,
-    EditLimits,
-    Limits,
-    Merge,
-    Moments,
-    Refine,
-    Retain,
-    Value,
-)
+from editunlearn.hparams.training import Stop, Train
+
+if TYPE_CHECKING:
+    from editunlearn.facts.records import ForgetRequest
+    from editunlearn.lm.loading import LM
+    from editunlearn.unlearners.terms import Objective
 
 
 class MethodHParams(Piece):
@@ -29,19 +25,26 @@ class MethodHParams(Piece):
         description="Blocks whose MLP output projection is edited. auto: by depth, the same for every model. located: "
         "as many neighbours, where `editunlearn locate` found the largest effects in these very weights.",
     )
-    context_prefixes: ContextPrefixes = Field(
-        default_factory=ContextPrefixes,
-        description="Texts put before the prompt, so that the edit holds in context.",
-    )
     seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
     batch_tokens: Whole = Field(
         default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
     )
-    limits: Limits = Field(default_factory=Limits, description="What stops a run before it ruins the model.")
+    limits: pieces.Limits = Field(
+        default_factory=pieces.Limits, description="What stops a run before it ruins the model."
+    )
     paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
 
 
-class EditorHParams(MethodHParams):
+class InContextHParams(MethodHParams):
+    """What every editor has."""
+
+    context_prefixes: pieces.ContextPrefixes = Field(
+        default_factory=pieces.ContextPrefixes,
+        description="Texts put before the prompt, so that the edit holds in context.",
+    )
+
+
+class EditorHParams(InContextHParams):
     """What every closed-form editor has; a method's own schema adds to it and sets the defaults."""
 
     subject_token: Literal["last_word", "last", "first", "prompt_last"] = Field(
@@ -49,19 +52,23 @@ class EditorHParams(MethodHParams):
         description="Token whose activation is key and value: of the subject (last_word: the last with a letter or "
         "digit, not a closing bracket or full stop), or the prompt's last.",
     )
-    merge: Merge | None = Field(default=None, description="Query merging; null: every fact has its own value and key.")
-    chunks: Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
-    limits: EditLimits = Field(default_factory=EditLimits, description="What stops a run before it ruins the model.")
-    value: Value = Field(default_factory=Value, description="How the new values are optimised.")
-    moments: Moments = Field(default_factory=Moments, description="Second moment of the keys over text.")
-    retain: Retain = Field(default_factory=Retain, description="Preservation of retain facts.")
-    refine: Refine | None = Field(
-        default_factory=Refine, description="Training after the closed form; null for the closed form alone."
+    merge: pieces.Merge | None = Field(
+        default=None, description="Query merging; null: every fact has its own value and key."
+    )
+    chunks: pieces.Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
+    limits: pieces.EditLimits = Field(
+        default_factory=pieces.EditLimits, description="What stops a run before it ruins the model."
+    )
+    value: pieces.Value = Field(default_factory=pieces.Value, description="How the new values are optimised.")
+    moments: pieces.Moments = Field(default_factory=pieces.Moments, description="Second moment of the keys over text.")
+    retain: pieces.Retain = Field(default_factory=pieces.Retain, description="Preservation of retain facts.")
+    refine: pieces.Refine | None = Field(
+        default_factory=pieces.Refine, description="Training after the closed form; null for the closed form alone."
     )
 
     @field_validator("chunks")
     @classmethod
-    def _not_merged(cls, chunks: Chunks | None, info: ValidationInfo) -> Chunks | None:
+    def _not_merged(cls, chunks: pieces.Chunks | None, info: ValidationInfo) -> pieces.Chunks | None:
         if chunks is not None and info.data.get("merge") is not None:
             raise ValueError(
                 "chunks and merge do not go together: merged facts share one value. Set one of them to null."
@@ -75,7 +82,7 @@ def _one_layer(value: Any) -> Any:
     return value
 
 
-class MemoryHParams(MethodHParams):
+class MemoryHParams(InContextHParams):
     """What every method has that puts a memory beside one layer and leaves the weights alone."""
 
     layers: Annotated[Layers, AfterValidator(_one_layer)] = Field(
@@ -94,6 +101,29 @@ class MemoryHParams(MethodHParams):
     def training_steps(self) -> int:
         """Times that a fact is trained on, at most."""
         raise NotImplementedError
+
+
+class UnlearnerHParams(MethodHParams):
+    """What every method has that trains the model to forget."""
+
+    layers: Layers = Field(default="auto", description="Blocks whose linear maps are trained; auto: all.")
+    train: Train = Field(default_factory=Train, description="What is trained, and how.")
+    stop: Stop | None = Field(default=None, description="When enough is forgotten; null: after all epochs.")
+    limits: pieces.ChangeLimits = Field(
+        default_factory=pieces.ChangeLimits, description="What stops a run before it ruins the model."
+    )
+
+    def auto_layers(self, count: int) -> list[int]:
+        """What ``layers: auto`` stands for in a model of that many blocks."""
+        return list(range(count))
+
+    def objective(self, lm: LM, request: ForgetRequest) -> Objective:
+        """What is minimised."""
+        raise NotImplementedError
+
+    def finished(self, updates: Any) -> Any:
+        """The method's change, made of what was learned (by module); as it is, if nothing else is said."""
+        return updates
 
 
 Located = EditorHParams | MemoryHParams

@@ -210,13 +210,18 @@ class Limits(Piece):
     )
 
 
-class EditLimits(Limits):
+class ChangeLimits(Limits):
     """Those of methods that change weights."""
 
     norm: Annotated[Real, Field(gt=0)] | None = Field(
         default=2.0,
         description="Largest change, of all facts and earlier ones together, relative to its weight.",
     )
+
+
+class EditLimits(ChangeLimits):
+    """Those of closed forms."""
+
     condition: Annotated[Real, Field(gt=1)] | None = Field(
         default=1e12, description="Largest condition number of a solve (a lower bound of it is looked at)."
     )

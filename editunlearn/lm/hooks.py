@@ -57,6 +57,16 @@ def on_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor | Non
         handle.remove()
 
 
+def low_rank_hook(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """``y + (x right^T) left^T`` in float32, rounded once to the dtype of ``y``; left (d_out, r), right (r, d_in)."""
+
+    def change(inputs: Tensor, output: Tensor) -> Tensor:
+        here = inputs.device  # a model may be spread over several
+        return (output.float() + (inputs.float() @ right.to(here).T) @ left.to(here).T).to(output.dtype)
+
+    return change
+
+
 @contextmanager
 def contiguous_input(head: nn.Module) -> Iterator[None]:
     """Give the output head a contiguous input.

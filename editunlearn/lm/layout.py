@@ -2,14 +2,13 @@
 
 A *site* is the last linear map of a block's MLP (``down_proj``, ``c_proj``, ``fc2``, ...): the weight that
 editors change. Elsewhere the talk is of sites and (out, in) matrices; only here (and in ``weights``) it is
-known that GPT-2 stores the transpose, that Gemma has a second norm behind its MLP, that OPT flattens batch
-and sequence.
+known that GPT-2 stores the transpose, and that Gemma has a second norm behind its MLP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,20 +45,16 @@ class Site:
 class Layout:
     """Module names of one model, and what happens to the MLP output before it reaches the residual stream.
 
-    ``mlp_out``, ``dense_out``, ``mlp``, ``attn_out``, ``output_gate`` and ``post_mlp_norm`` are relative to a block,
-    all other names to the model; None where the model has no such module.
+    ``mlp_out``, ``dense_out``, ``attn_out``, ``output_gate`` and ``post_mlp_norm`` are relative to a block, all other
+    names to the model; None where there is no such module.
 
     Attributes:
         attn_out: last linear map of a block's attention. Nothing edits it; tracing reads and restores its output.
-        post_mlp_norm: norm that the MLP output passes before it is added to the residual stream.
         dense_out, dense_layers: of a mixture of experts, the same projection in the blocks whose MLP is a plain one.
         output_gate: linear map whose sigmoid, one number a token, scales the MLP output (shared expert of Qwen2-MoE).
         shared_expert: ``mlp_out`` is that of an expert that all tokens pass; the routed ones beside it are left alone.
+        post_mlp_norm: norm that the MLP output passes before it is added to the residual stream.
         scales_output: factor on the MLP output when it is added to the residual stream (Granite).
-        parallel: attention and MLP read the same input: block output = input + attention + MLP.
-        flattens: the MLP sees (batch * sequence, width), not (batch, sequence, width) (OPT).
-        mlp_adds_residual: the output of ``mlp`` has the residual in it already (BLOOM); that of ``mlp_out``
-            never has.
         reason: how the names were found.
     """
 
@@ -70,16 +65,11 @@ class Layout:
     dense_layers: frozenset[int] = frozenset()
     output_gate: str | None = None
     shared_expert: bool = False
-    mlp: str | None = "mlp"
     attn_out: str | None = "self_attn.o_proj"
     post_mlp_norm: str | None = None
-    final_norm: str | None = "model.norm"
     head: str = "lm_head"
     embed: str = "model.embed_tokens"
     scales_output: float = 1.0
-    parallel: bool = False
-    flattens: bool = False
-    mlp_adds_residual: bool = False
     reason: str = "known model type"
 
     def block_name(self, layer: int) -> str:
@@ -131,7 +121,7 @@ class Layout:
         return is_transposed(model, name)
 
 
-# model.layers.N.mlp.down_proj, model.norm, lm_head
+# model.layers.N.mlp.down_proj, lm_head
 _LLAMA_LIKE = """
     apertus arcee cohere cohere2 diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite
     granite_swa helium hunyuan_v1_dense internlm3 llama ministral ministral3 mistral nemotron olmo olmo2 olmo3
@@ -141,11 +131,11 @@ _POST_NORMS = {
     "post_feedforward_layernorm": "gemma2 gemma3_text gemma3 vaultgemma olmo2 olmo3 exaone4",
     "post_mlp_layernorm": "glm4",
 }
+
 _SHARED_EXPERTS = {
     "shared_expert": "qwen2_moe",
     "shared_experts": "deepseek_v2 deepseek_v3 dots1 ernie4_5_moe glm4_moe",
 }
-_ALWAYS_PARALLEL = "cohere cohere2 phi gptj codegen"  # others by a flag of the checkpoint: see _PARALLEL_KEYS
 
 
 def _table() -> dict[str, Layout]:
@@ -154,7 +144,6 @@ def _table() -> dict[str, Layout]:
         blocks="transformer.h",
         mlp_out="mlp.c_proj",
         attn_out="attn.c_proj",
-        final_norm="transformer.ln_f",
         embed="transformer.wte",
     )
     rows = [
@@ -162,14 +151,12 @@ def _table() -> dict[str, Layout]:
         Layout(
             "gemma3",
             blocks="model.language_model.layers",
-            final_norm="model.language_model.norm",
             embed="model.language_model.embed_tokens",
         ),
         *(
             Layout(
                 name,
                 mlp_out=f"mlp.{expert}.down_proj",
-                mlp=f"mlp.{expert}",
                 dense_out="mlp.down_proj",
                 shared_expert=True,
                 output_gate="mlp.shared_expert_gate" if expert == "shared_expert" else None,
@@ -179,23 +166,19 @@ def _table() -> dict[str, Layout]:
             for name in names.split()
         ),
         Layout("starcoder2", mlp_out="mlp.c_proj"),
-        Layout("phi", mlp_out="mlp.fc2", attn_out="self_attn.dense", final_norm="model.final_layernorm"),
+        Layout("phi", mlp_out="mlp.fc2", attn_out="self_attn.dense"),
         Layout(
             "opt",
             blocks="model.decoder.layers",
             mlp_out="fc2",
-            mlp=None,
             attn_out="self_attn.out_proj",
-            final_norm="model.decoder.final_layer_norm",
             embed="model.decoder.embed_tokens",
-            flattens=True,
         ),
         Layout(
             "gpt_neox",
             blocks="gpt_neox.layers",
             mlp_out="mlp.dense_4h_to_h",
             attn_out="attention.dense",
-            final_norm="gpt_neox.final_layer_norm",
             head="lm_head",
             embed="gpt_neox.embed_in",
         ),
@@ -210,7 +193,6 @@ def _table() -> dict[str, Layout]:
             mlp_out="mlp.dense_4h_to_h",
             attn_out="self_attention.dense",
             embed="transformer.word_embeddings",
-            mlp_adds_residual=True,
         ),
         replace(
             gpt2,
@@ -224,17 +206,11 @@ def _table() -> dict[str, Layout]:
             model_type="mpt",
             blocks="transformer.blocks",
             mlp_out="ffn.down_proj",
-            mlp="ffn",
             attn_out="attn.out_proj",
-            final_norm="transformer.norm_f",
         ),
     ]
     norms = {name: norm for norm, names in _POST_NORMS.items() for name in names.split()}
-    parallel = set(_ALWAYS_PARALLEL.split())
-    return {
-        row.model_type: replace(row, post_mlp_norm=norms.get(row.model_type), parallel=row.model_type in parallel)
-        for row in rows
-    }
+    return {row.model_type: replace(row, post_mlp_norm=norms.get(row.model_type)) for row in rows}
 
 
 def known_types() -> list[str]:
@@ -371,8 +347,7 @@ def _by_structure(model: nn.Module, config: Any, kind: str) -> Layout:
         found = search(model, hidden)
     except LookupError as problem:
         raise UnsupportedError(f"model type {kind!r} {problem}. {_see_known()}") from None
-    names = {field.name: getattr(found, field.name) for field in fields(found)}
-    return Layout(kind, mlp=found.mlp_out.rpartition(".")[0] or None, **names)
+    return Layout(kind, **vars(found))
 
 
 def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
@@ -383,11 +358,8 @@ def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
         row,
         dense_layers=_dense_layers(row, model),
         attn_out=row.attn_out if attention and find(model, attention) else None,
-        parallel=row.parallel or any(bool(getattr(config, key, False)) for key in _PARALLEL_KEYS),
         scales_output=float(multiplier) if isinstance(multiplier, (int, float)) else row.scales_output,
         head=row.head if find(model, row.head) else str(output_head(model)),
-        # OPT-350M norms after each block and has no norm at the end.
-        final_norm=row.final_norm if row.final_norm and find(model, row.final_norm) else None,
         post_mlp_norm=row.post_mlp_norm if post and find(model, post) else None,
     )
 
@@ -402,9 +374,6 @@ def _dense_layers(row: Layout, model: nn.Module) -> frozenset[int]:
     """Blocks of a mixture that have the plain projection."""
     plain = [replace(site, name=f"{row.block_name(site.layer)}.{row.dense_out}") for site in _all_sites(row, model)]
     return frozenset(site.layer for site in plain if row.dense_out and find(model, site.name) is not None)
-
-
-_PARALLEL_KEYS = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
 
 
 def _missing(row: Layout, model: nn.Module) -> str | None:

@@ -29,7 +29,7 @@ from editunlearn.lm.sources import (
     reader_place,
     resolve_source,
 )
-from editunlearn.naming import did_you_mean
+from editunlearn.naming import did_you_mean, first_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -342,6 +342,6 @@ def _weights(source: Source, dtype: torch.dtype | None, device_map: Any, options
     # transformers fills what a checkpoint lacks with random numbers and a warning; no result would hold.
     lacking = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
     if lacking:
-        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        shown = first_of(lacking, 3)
         raise InputError(f"{source.place}: the checkpoint lacks weights or has them in another shape: {shown}.")
     return model

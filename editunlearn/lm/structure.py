@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from editunlearn.lm.weights import is_conv1d, module
+from editunlearn.lm.weights import is_conv1d
 
 _OTHER_TOWERS = ("vision", "visual", "audio", "image", "speech", "encoder.")
 _MIXERS = ("attn", "attention", "mixer", "mamba", "ssm", "conv")
@@ -20,7 +20,6 @@ class Found:
     mlp_out: str
     attn_out: str | None
     post_mlp_norm: str | None
-    final_norm: str | None
     head: str
     embed: str
     reason: str
@@ -48,7 +47,7 @@ def longest_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def search(model: nn.Module, hidden: int) -> Found:
-    """Find blocks, MLP output projection, norms, head and embedding.
+    """Find blocks, MLP output projection, the norm behind it, head and embedding.
 
     The blocks are the longest list of modules of one class; in a block, the projection is the last linear map
     to the hidden size with the largest inner width that is neither in attention nor in another token mixer.
@@ -71,10 +70,6 @@ def search(model: nn.Module, hidden: int) -> Found:
     head, embed = output_head(model), _name_of(model, "get_input_embeddings")
     if head is None or embed is None:
         raise LookupError("has no language-model head or no input embedding")
-    stem = blocks_name.rpartition(".")[0]
-    dot = f"{stem}." if stem else ""
-    siblings = module(model, stem).named_children()
-    norms = [name for name, child in siblings if "norm" in type(child).__name__.lower()]
     names = [name for name, _ in blocks[0].named_children() if "post" in name and "norm" in name]
     post = [name for name in names if any(word in name for word in ("mlp", "ffn", "feed_forward", "feedforward"))]
     return Found(
@@ -82,7 +77,6 @@ def search(model: nn.Module, hidden: int) -> Found:
         mlp_out=mlp_out,
         attn_out=_attn_out(blocks[0], hidden),
         post_mlp_norm=post[-1] if post else None,
-        final_norm=f"{dot}{norms[-1]}" if norms else None,
         head=head,
         embed=embed,
         reason=f"found by structure: {len(blocks)} x {type(blocks[0]).__name__} in {blocks_name}, "

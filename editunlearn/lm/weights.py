@@ -34,6 +34,12 @@ def is_conv1d(child: nn.Module) -> bool:
     return isinstance(child, Conv1D)
 
 
+def linear_maps(model: nn.Module, within: str) -> list[str]:
+    """Full names of all linear maps inside a module, in its order; packed quantised ones count."""
+    inside = module(model, within).named_modules()
+    return [f"{within}.{name}" for name, child in inside if isinstance(child, nn.Linear) or is_conv1d(child)]
+
+
 def is_transposed(model: nn.Module, name: str) -> bool:
     """True when the weight is stored as (in, out), as in Conv1D; told by type, a square one looks alike."""
     return is_conv1d(module(model, name))

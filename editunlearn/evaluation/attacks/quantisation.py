@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from editunlearn.console import Console
 from editunlearn.deltas.arithmetic import merged_weight
 from editunlearn.deltas.kinds import written
 from editunlearn.errors import InputError
-from editunlearn.lm.weights import is_conv1d, read_weight
+from editunlearn.lm import weights
+from editunlearn.lm.weights import read_weight
 from editunlearn.naming import did_you_mean
 from editunlearn.numerics.quantise import nf4, round_to_nearest
 
@@ -79,9 +80,4 @@ def quantised(lm: LM, scheme: str, delta: Delta | None = None, console: Console 
 
 def linear_maps(lm: LM) -> list[str]:
     """Names of the linear maps of all blocks."""
-    blocks = lm.layout.module(lm.model, lm.layout.blocks)
-    return [
-        f"{lm.layout.blocks}.{name}"
-        for name, child in blocks.named_modules()
-        if isinstance(child, nn.Linear) or is_conv1d(child)
-    ]
+    return weights.linear_maps(lm.model, lm.layout.blocks)

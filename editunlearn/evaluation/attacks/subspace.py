@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
 
 
-def written_directions(left: Tensor, right: Tensor, count: int) -> Tensor:
+def written_directions(left: Tensor, right: Tensor | None, count: int) -> Tensor:
     """The ``count`` largest left singular vectors of ``left @ right``, (d_out, <= count), without forming it.
 
     Args:
-        left: (d_out, r). right: (r, d_in).
+        left: (d_out, r). right: (r, d_in); None: ``left`` is (d_out, d_in), the whole change.
     """
     outer, inner = torch.linalg.qr(left.double())
-    u, values, _ = torch.linalg.svd(inner @ torch.linalg.qr(right.double().T)[1].T)
+    if right is not None:
+        inner = inner @ torch.linalg.qr(right.double().T)[1].T
+    u, values, _ = torch.linalg.svd(inner)
     held = int((values > 1e-10 * values[0].clamp(min=1e-300)).sum())
     found: Tensor = (outer @ u[:, : min(count, held)]).float()
     return found

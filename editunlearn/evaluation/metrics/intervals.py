@@ -75,22 +75,3 @@ def mean_of_means(groups: Sequence[Sequence[float]]) -> Estimate | None:
         for bounds in ([found.low for found in each], [found.high for found in each])
     )
     return Estimate(value, value - below, value + above, sum(found.items for found in each))
-
-
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> Estimate | None:
-    """Mean of ``ours - theirs`` over the same items, with its interval.
-
-    Raises:
-        ValueError: lengths differ.
-    """
-    if len(ours) != len(theirs):
-        raise ValueError(f"paired_difference: {len(ours)} and {len(theirs)} items")
-    apart = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    if len(apart) and (apart == apart[0]).all():
-        return Estimate(float(apart[0]), float(apart[0]), float(apart[0]), len(apart))
-    draw = np.random.default_rng(seed)
-    if not len(apart):
-        return None
-    means = apart[draw.integers(0, len(apart), (RESAMPLES, len(apart)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(apart.mean()), float(low), float(high), len(apart))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,21 @@ def gather(places: Sequence[Path]) -> dict[str, list[Column]]:
     """Results below the given folders or files, by suite; the base first, then in the order of the places.
 
     Raises:
-        InputError: a place does not exist or holds no results.
+        InputError: a place does not exist or holds no results, or some of another version or damaged.
     """
     problems: list[str] = []
     found: dict[str, list[Column]] = {}
     seen: set[Path] = set()
     for place in places:
-        files = sorted(_results_below(place))
-        if not files:
+        try:
+            there = list(_results_below(place))
+        except InputError as error:
+            problems += error.problems
+            continue
+        if not there:
             problems.append(f"{place}: no results.json of 'editunlearn evaluate' in it or below it.")
-        for file in (f for f in files if f.resolve() not in seen):
+        for file, other in ((f, o) for f, o in there if f.resolve() not in seen):
             seen.add(file.resolve())
-            other = read_results(file)
             columns = found.setdefault(_suite(other), [])
             taken = {column.label for column in columns}
             label = _free(str(other.about["label"]), taken, file)
@@ -77,17 +81,14 @@ def gather(places: Sequence[Path]) -> dict[str, list[Column]]:
     return {suite: sorted(columns, key=lambda c: c.label != BASE) for suite, columns in found.items()}
 
 
-def _results_below(place: Path) -> Iterable[Path]:
+def _results_below(place: Path) -> Iterator[tuple[Path, Other]]:
     if place.is_file():
-        yield place
+        yield place, read_results(place)
         return
     theirs = [file for file in place.rglob(EVAL_FILE) if not file.with_name(results.FILE).is_file()]  # ours has both
-    for file in [*place.rglob(results.FILE), *theirs]:
-        try:
-            read_results(file)
-        except InputError:
-            continue  # apply writes a results.json of its own
-        yield file
+    for file in sorted([*place.rglob(results.FILE), *theirs]):
+        with suppress(results.ForeignError):  # apply writes a results.json of its own
+            yield file, read_results(file)
 
 
 def _suite(other: Other) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from editunlearn.evaluation.attacks.probing import Lens, logit_lens
@@ -29,7 +29,7 @@ class Inside(Part):
         blocks: of the model.
     """
 
-    text: Sequence[str] = field(default=(), repr=False)
+    text: Sequence[str] = ()
     blocks: int = 0
 
     @property
