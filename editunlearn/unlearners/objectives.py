@@ -73,7 +73,7 @@ class GA(LossHParams):
 
     method: Literal["ga"] = Field(default="ga", description="Name of the method.")
     retain: Keeping | None = Field(default=None, description="As published null.")
-    paper: str | None = Field(default="https://arxiv.org/abs/2402.10058", description="Where the method comes from.")
+    paper: str | None = Field(default="https://arxiv.org/abs/2210.01504", description="Where the method comes from.")
 
     def forget_terms(self) -> list[Term]:
         from editunlearn.unlearners import losses
