@@ -122,24 +122,25 @@ class Bench:
         """Second moments of five layers: seconds per token; the literal way cuts documents at 2,048 tokens."""
         from editunlearn.editors import moments, statistics
         from editunlearn.facts.text import documents
+        from editunlearn.lm.windows import windows
 
         hp = self.hp.moments.model_copy(update={"tokens": self.args.statistics_tokens})
         names = [s.name for s in self.sites]
-        few = list(statistics.windows(self.slow, documents("general"), 2048, self.args.literal_tokens))
+        few = list(windows(self.slow, documents("general"), 2048, self.args.literal_tokens))
         theirs, _ = timed(self.slow.device, lambda: literal.statistics(self.slow, names, few))
         ours, _ = timed(self.fast.device, lambda: moments.get(self.fast, self.sites, hp, None, Console(quiet=True)))
-        windows = moments.pieces(self.fast, self.sites, hp)
-        exact = literal.statistics(self.slow, names, windows[:: max(1, len(windows) // 20)])
-        here = windows[:: max(1, len(windows) // 20)]
+        pieces = moments.pieces(self.fast, self.sites, hp)
+        exact = literal.statistics(self.slow, names, pieces[:: max(1, len(pieces) // 20)])
+        here = pieces[:: max(1, len(pieces) // 20)]
         rounded = {name: SecondMoment(len(exact[name])) for name in names}
-        statistics.add_windows(self.fast, self.sites, rounded, here)
+        statistics.add_pieces(self.fast, self.sites, rounded, here)
         self.note(
             "statistics",
             theirs / sum(map(len, few)),
-            ours / sum(map(len, windows)),
+            ours / sum(map(len, pieces)),
             "s per token, five layers",
-            tokens=sum(map(len, windows)),
-            flop=counted(lambda: statistics.add_windows(self.fast, self.sites, {}, here)) / sum(map(len, here)),
+            tokens=sum(map(len, pieces)),
+            flop=counted(lambda: statistics.add_pieces(self.fast, self.sites, {}, here)) / sum(map(len, here)),
             moment_apart_in_own_precision=max(apart(rounded[n].mean(), exact[n]) for n in names),
         )
 

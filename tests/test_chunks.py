@@ -19,7 +19,7 @@ from runs import call
 from torch import Tensor
 
 from editunlearn import editors, estimate
-from editunlearn.editors import chunks, contexts, keys, spread, statistics, values
+from editunlearn.editors import chunks, contexts, keys, spread, values
 from editunlearn.editors.value_types import Problem, Standing, Values
 from editunlearn.facts.records import ForgetRequest
 from editunlearn.facts.text import documents
@@ -27,6 +27,7 @@ from editunlearn.hparams import Chunks, load_hparams
 from editunlearn.lm.generation import generate
 from editunlearn.lm.hooks import frozen
 from editunlearn.lm.tokens import Row
+from editunlearn.lm.windows import windows
 from editunlearn.workspace import Workspace
 
 LONG = (
@@ -109,7 +110,7 @@ def test_the_flow_is_the_papers_algorithm(text: str, tmp_path: Path, method: str
         assert relative(found.clean[number, 0], clean) < 1e-4
         assert relative(found.change[number, 0], change) < 1e-3
 
-    pieces = list(statistics.windows(lm, documents(text), 32, 800))
+    pieces = list(windows(lm, documents(text), 32, 800))
     second = {layer: reference.second_moment(lm, layer, pieces) for layer in layers}
 
     def update(layer: int, others: Tensor, written: Tensor, wanted: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ from edits import CLOSED_FORM, REFUSAL, TAUGHT, nll, relative, request, settings
 from torch import Tensor
 
 from editunlearn import editors
-from editunlearn.editors import contexts, statistics
+from editunlearn.editors import contexts
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.value_types import Values
 from editunlearn.errors import InputError
 from editunlearn.facts.records import Fact, ForgetRequest
 from editunlearn.facts.text import documents
 from editunlearn.lm.generation import generate
+from editunlearn.lm.windows import windows
 from editunlearn.workspace import Workspace
 
 FORGETTING = [("llama", False), ("gpt2", False), ("gemma3_text", False), ("llama", True)]
@@ -101,7 +102,7 @@ def test_the_flow_is_the_papers_algorithm(tmp_path: Path, text: str, method: str
     rows = contexts.forget_rows(lm, asked.facts, prefixes, hp)
     prompts = [[(r.ids[: r.prompt_length], r.lookup) for r in fact_rows] for fact_rows in rows.targets]
     kept = [(r.ids, r.lookup) for r in contexts.keep_rows(lm, asked.retain, hp, answers=False)]
-    pieces = list(statistics.windows(lm, documents(text), 32, 800))
+    pieces = list(windows(lm, documents(text), 32, 800))
     c = {layer: reference.second_moment(lm, layer, pieces) for layer in layers}
     retain = {layer: reference.keys_at(lm, layer, kept) for layer in layers}
     earlier = {layer: past[lm.layout.site(layer).name].double().T for layer in layers}

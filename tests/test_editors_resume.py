@@ -18,11 +18,12 @@ from torch import Tensor
 
 from editunlearn import editors
 from editunlearn.console import Console
-from editunlearn.editors import contexts, moments, objective, refine, statistics, values
+from editunlearn.editors import contexts, moments, objective, refine, values
 from editunlearn.errors import InputError
 from editunlearn.facts.records import ForgetRequest
 from editunlearn.facts.text import documents
 from editunlearn.hparams import load_hparams
+from editunlearn.lm.windows import windows
 from editunlearn.numerics import projector, solve
 from editunlearn.pipeline import run_inputs
 from editunlearn.workspace import Workspace, key_of
@@ -166,7 +167,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, text: str, monkeypat
         moments.get(lm, sites, hp, tmp_path, console)
     interrupted = len(passes)
     resumed = moments.get(lm, sites, hp, tmp_path, console)
-    pieces = list(statistics.windows(lm, documents(text), hp.length, hp.tokens))
+    pieces = list(windows(lm, documents(text), hp.length, hp.tokens))
     batches = moments._batches(pieces)
     assert sorted(p for part in batches for p in part) == sorted(pieces)
     assert interrupted == 4 and len(passes) - interrupted == len(batches) - 3
@@ -194,11 +195,11 @@ def test_second_moments_equal_the_literal_ones(text: str) -> None:
     for kind in ("gemma3_text", "opt"):
         lm, hp = tiny.lm(kind), settings("memit", text).moments
         found = moments.get(lm, lm.layout.sites([1]), hp, None, Console(quiet=True))
-        pieces = list(statistics.windows(lm, documents(text), hp.length, hp.tokens))
+        pieces = list(windows(lm, documents(text), hp.length, hp.tokens))
         assert all(p[0] == lm.bos_id and 1 < len(p) <= 32 for p in pieces)
         assert relative(found[lm.layout.site(1).name].moment, reference.second_moment(lm, 1, pieces)) < 1e-5
     bare = tiny.lm(add_bos=False)
-    assert all(bare.tokenizer.bos_token_id not in p for p in statistics.windows(bare, documents(text), 32, 100))
+    assert all(bare.tokenizer.bos_token_id not in p for p in windows(bare, documents(text), 32, 100))
 
 
 def test_context_prefixes_are_cached_under_all_their_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

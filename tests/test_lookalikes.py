@@ -12,13 +12,14 @@ from edits import request, settings
 from editunlearn import editors
 from editunlearn.editors import lookalikes, statistics
 from editunlearn.lm.tokens import Prompt, encode_prompt
+from editunlearn.lm.windows import windows
 
 TEXT = ["The author of the novel lives in Berlin.", "Marie Curie discovered radium.", "Some birds sing."]
 
 
 def test_the_tokens_that_answer_the_most_are_found() -> None:
     lm = tiny.lm("llama")
-    sites, pieces = lm.layout.sites([0, 1]), list(statistics.windows(lm, TEXT, 32, 1000))
+    sites, pieces = lm.layout.sites([0, 1]), list(windows(lm, TEXT, 32, 1000))
     every = dict(zip([s.name for s in sites], statistics.read_windows(lm, sites, pieces), strict=True))
     random = torch.Generator().manual_seed(1)
     answers = {name: torch.randn(2, keys.shape[1], generator=random) for name, keys in every.items()}
