@@ -133,14 +133,14 @@ class Bench:
         exact = literal.statistics(self.slow, names, pieces[:: max(1, len(pieces) // 20)])
         here = pieces[:: max(1, len(pieces) // 20)]
         rounded = {name: SecondMoment(len(exact[name])) for name in names}
-        statistics.add_pieces(self.fast, self.sites, rounded, here)
+        statistics.add_windows(self.fast, self.sites, rounded, here)
         self.note(
             "statistics",
             theirs / sum(map(len, few)),
             ours / sum(map(len, pieces)),
             "s per token, five layers",
             tokens=sum(map(len, pieces)),
-            flop=counted(lambda: statistics.add_pieces(self.fast, self.sites, {}, here)) / sum(map(len, here)),
+            flop=counted(lambda: statistics.add_windows(self.fast, self.sites, {}, here)) / sum(map(len, here)),
             moment_apart_in_own_precision=max(apart(rounded[n].mean(), exact[n]) for n in names),
         )
 
