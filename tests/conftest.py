@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start, too; read when torch is imported
 
 import pytest
 import tiny
-import torch
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
