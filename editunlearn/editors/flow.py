@@ -51,13 +51,11 @@ class Fit:
     Attributes:
         factors: by module name.
         past: the keys that it wrote, for later edits.
-        value_loss: of each fact, or chunk of its target.
         columns: for each column of the factors the id of its fact, None where it serves several.
     """
 
     factors: dict[str, Pair]
     past: PastKeys
-    value_loss: Tensor
     columns: list[str | None]
 
 
@@ -115,7 +113,7 @@ class Flow:
             factors = self._refine(factors, solved, rows, keep)
         _check_finite(factors)
         past = self.past.extended({name: p.keys for name, p in solved.items()})
-        return Fit(factors, past, found.loss, self.groups.ids(self._owners()))
+        return Fit(factors, past, self.groups.ids(self._owners()))
 
     def _owners(self) -> list[Fact]:
         """The fact of each part."""
