@@ -242,11 +242,12 @@ def shown_command(command: str, argv: Sequence[str]) -> str:
     return shlex.join(["editunlearn", command, *map(public, argv)])
 
 
-def try_command(folder: Path) -> str:
-    """A command line that lets a merged model say something."""
-    code = f"from transformers import pipeline; print(pipeline('text-generation', {str(folder)!r})('...'))"
+def try_command(folder: Path, *, code: bool = False) -> str:
+    """A command line that lets a merged model say something; ``code``: one that brings code of its own."""
+    more = ", trust_remote_code=True" if code else ""
+    script = f"from transformers import pipeline; print(pipeline('text-generation', {str(folder)!r}{more})('...'))"
     plain = shlex.quote(str(folder)) == str(folder)
-    return f'python -c "{code}"' if plain else shlex.join(["python", "-c", code])
+    return f'python -c "{script}"' if plain else shlex.join(["python", "-c", script])
 
 
 class Checks:

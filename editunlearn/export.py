@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from editunlearn.deltas.kinds import Delta
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.manifest import BaseModelRecord
+    from editunlearn.deltas.memory import MemoryDelta
     from editunlearn.editors.past import PastKeys
 
 EXAMPLES = """\
   editunlearn export --delta runs/memit --to merged --out merged/            an ordinary model folder
   editunlearn export --delta runs/memit --to lora --out adapter/ --max-rank 64
+  editunlearn export --delta runs/wise --to standalone --out forgetful/    a memory's model, needs no editunlearn
   editunlearn export --delta runs/memit --without darrieux-1 --to delta --out smaller/
   editunlearn export --delta runs/a --compose runs/b --to delta --out both/
   editunlearn export --delta runs/memit --revert --base merged/ --to merged --out restored/"""
@@ -42,7 +45,7 @@ def flags() -> argparse.ArgumentParser:
     """What the command line understands."""
     p = parser("export", __doc__ or "", EXAMPLES)
     p.add_argument("--delta", type=Path, required=True, help="folder with delta.safetensors and delta.json")
-    p.add_argument("--to", choices=("merged", "lora", "delta"), required=True, help="what to write")
+    p.add_argument("--to", choices=("merged", "lora", "delta", "standalone"), required=True, help="what to write")
     p.add_argument("--out", type=Path, required=True, help="folder to write it to")
     p.add_argument(
         "--base", help="folder of the base checkpoint for a merge on disk, shard by shard (default: load --model)"
@@ -64,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     args = flags().parse_args(argv)  # before anything heavy is imported
+    from editunlearn.deltas import standalone
     from editunlearn.deltas.files import load
     from editunlearn.deltas.kinds import compose, written
     from editunlearn.deltas.lowrank import LowRankDelta
@@ -82,7 +86,8 @@ def _main(argv: Sequence[str]) -> None:
         checks.run(lambda made_on=delta.manifest.base: _check_base(args, made_on))  # type: ignore[misc]
         if args.to != "delta" or args.revert:
             what = "--revert" if args.revert else f"--to {args.to}"
-            checks.run(lambda found=delta: written(found, what))  # type: ignore[misc]
+            fits = standalone.check if what == "--to standalone" else partial(written, what=what)
+            checks.run(lambda found=delta: fits(found))  # type: ignore[misc]
     checks.finish()
     assert delta is not None  # noqa: S101 - finish() raised otherwise
     for other in others:
@@ -101,6 +106,9 @@ def _main(argv: Sequence[str]) -> None:
         return
     if args.to == "delta":
         _delta(args, delta, console)
+        return
+    if args.to == "standalone":
+        _standalone(args, standalone.check(delta), console)
         return
     {"merged": _merged, "lora": _lora}[args.to](args, written(delta, f"--to {args.to}"), console)
 
@@ -122,7 +130,9 @@ def _check_flags(args: argparse.Namespace) -> None:
         "device-map": args.device_map,
     }
     problems = []
-    if args.to != "merged":
+    if args.to == "standalone" and args.base:
+        problems.append("--base is for --to merged; for --to standalone give the model with --model.")
+    if args.to not in ("merged", "standalone"):
         given = [flag for flag, value in {"base": args.base, **loading, "force": args.force}.items() if value]
         problems += [f"--{flag} is for --to merged; --to {args.to} needs no model." for flag in given]
     elif args.base:
@@ -156,7 +166,7 @@ def _check_base(args: argparse.Namespace, made_on: BaseModelRecord) -> None:
     """What the delta is to be merged into is there; no weights are read."""
     from editunlearn.deltas.shards import read_checkpoint
 
-    if args.to != "merged":
+    if args.to not in ("merged", "standalone"):
         return
     if args.base:
         read_checkpoint(Path(args.base))
@@ -188,6 +198,20 @@ def _merged(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console:
         console.warn(warning)
     console.result_json({name: {"gain": g.gain, "error": g.error, "dtype": g.dtype} for name, g in gains.items()})
     console.next_step(try_command(args.out))
+
+
+def _standalone(args: argparse.Namespace, delta: MemoryDelta, console: Console) -> None:
+    from editunlearn.deltas.standalone import export_standalone
+
+    found = export_standalone(load_model(args), delta, args.out, force=args.force)
+    columns = list(next(iter(found.values())))
+    console.table(
+        "what it costs on this machine",
+        ["", *columns],
+        [(name, *(f"{row[column]:.4g}" for column in columns)) for name, row in found.items()],
+    )
+    console.result_json({name: dict(row) for name, row in found.items()})
+    console.next_step(try_command(args.out, code=True))
 
 
 def _lora(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: Console) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from editunlearn.deltas.manifest import BaseManifest, DenseManifest, Manifest, MemoryManifest, SiteRecord
 
-Kind = Literal["merged", "lora", "delta"]
+Kind = Literal["merged", "lora", "delta", "standalone"]
 Value = float | int | str | None
 Rows = Mapping[str, Mapping[str, Value]]
 
@@ -25,6 +25,7 @@ def model_card(
     *,
     kind: Kind = "merged",
     attacks: Sequence[str] = (),
+    cost: Rows | None = None,
 ) -> str:
     """The text of the card, Markdown behind a YAML header as the hub reads it.
 
@@ -35,15 +36,20 @@ def model_card(
         how: the command lines that made the artifact.
         kind: what is in the folder.
         attacks: attacks that were run and that the edit survived; without any the card says "suppressed".
+        cost: of a memory, what it was measured to take; rows as in ``results``.
     """
     parts = [
         _header(manifest, kind),
         "# "
-        + (f"{_base(manifest)}, edited with {manifest.method}" if kind == "merged" else f"{kind}: {manifest.method}"),
+        + (
+            f"{_base(manifest)}, edited with {manifest.method}"
+            if kind in ("merged", "standalone")
+            else f"{kind}: {manifest.method}"
+        ),
         _asked(manifest),
         _method(manifest, how),
         "## Measured\n\n" + (_table(results) if results else "Nothing was measured."),
-        _cost(manifest) if isinstance(manifest, MemoryManifest) else _gain(manifest),
+        _cost(manifest, cost) if isinstance(manifest, MemoryManifest) else _gain(manifest),
         _limits(manifest, attacks),
         _load(manifest, kind),
         _undo(manifest, kind),
@@ -150,7 +156,7 @@ def _gain(manifest: Manifest | DenseManifest) -> str:
     return "\n".join(lines)
 
 
-def _cost(manifest: MemoryManifest) -> str:
+def _cost(manifest: MemoryManifest, measured: Rows | None) -> str:
     """What a memory takes while the model is used."""
     lines = [
         "## What it costs to use",
@@ -165,6 +171,8 @@ def _cost(manifest: MemoryManifest) -> str:
             f"| `{name}` | {site.kind} | {len(site.entries)} | {site.nbytes // 4:,} | {site.nbytes / 1e6:.3g} | "
             f"{site.operations:,} |"
         )
+    if measured:
+        lines += ["", "Measured on the machine that made this folder:", "", _table(measured)]
     return "\n".join(lines)
 
 
@@ -205,6 +213,8 @@ def _load(manifest: BaseManifest, kind: Kind) -> str:
     code = {
         "merged": "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("DIR")',
+        "standalone": "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)',
         "lora": "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "DIR")',
         "delta": "import editunlearn as eu\nfrom editunlearn.deltas.files import load\n\n"
@@ -224,6 +234,8 @@ def _undo(manifest: BaseManifest, kind: Kind) -> str:
                 else ""
             )
         )
+    elif kind == "standalone":
+        text = "Load the base model named above: its weights are in this folder as they came, beside the memory."
     elif kind == "lora":
         text = (
             "Load the base model without the adapter (PEFT: `with model.disable_adapter():`). No base weight "

@@ -80,6 +80,10 @@ class Codebook:
         index = torch.tensor(entries, dtype=torch.long)
         return replace(self, keys=self.keys[index], values=self.values[index], radii=self.radii[index])
 
+    def awake(self) -> Codebook:
+        """The same, with an entry that is near to every prompt: what it costs at most."""
+        return replace(self, radii=torch.full_like(self.radii, torch.inf))
+
     def joined(self, other: Codebook) -> Codebook:
         """Both: where balls would meet, the other's give way to these, and these to them, half-way.
 

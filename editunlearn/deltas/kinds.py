@@ -12,6 +12,7 @@ from editunlearn.deltas.dense import DenseDelta
 from editunlearn.deltas.lowrank import LowRankDelta
 from editunlearn.deltas.manifest import DenseManifest, Manifest, MemoryManifest
 from editunlearn.deltas.memory import MemoryDelta
+from editunlearn.deltas.remembering import KINDS as MEMORIES
 from editunlearn.errors import UnsupportedError
 
 Delta = LowRankDelta | DenseDelta | MemoryDelta
@@ -27,7 +28,7 @@ KINDS: Mapping[str, type[Manifest] | type[DenseManifest] | type[MemoryManifest]]
 def tensor_names(manifest: AnyManifest) -> set[str]:
     """Names of the tensors in the file of the delta that a manifest describes."""
     if isinstance(manifest, MemoryManifest):
-        return {f"{name}.{part}" for name, site in manifest.sites.items() for part in memory.KINDS[site.kind].PARTS}
+        return {f"{name}.{part}" for name, site in manifest.sites.items() for part in MEMORIES[site.kind].PARTS}
     sides = ("change",) if isinstance(manifest, DenseManifest) else ("left", "right")
     return {f"{name}.{side}" for name in manifest.sites for side in sides}
 
@@ -55,7 +56,7 @@ def written(delta: Delta, what: str) -> LowRankDelta | DenseDelta:
         return delta
     raise UnsupportedError(
         f"{what}: {delta.manifest.method} leaves the weights as they are and keeps a memory beside them; there is no "
-        "change of weights. Use the delta itself (applied(lm), evaluate --delta), or a method that writes into the "
+        "change of weights. Use the delta itself (applied(lm), evaluate --delta), export --to standalone, or a method that writes into the "
         "weights, such as memit."
     )
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from editunlearn.deltas.build import base_of, base_site, check_finite
-from editunlearn.deltas.codebook import Codebook
 from editunlearn.deltas.lowrank import LoadedModel, check_fits
 from editunlearn.deltas.manifest import (
     BaseSite,
@@ -22,20 +20,12 @@ from editunlearn.deltas.manifest import (
     hash_id,
     installed_versions,
 )
-from editunlearn.deltas.side import SideMemory
+from editunlearn.deltas.remembering import KINDS, Memory, beside
 from editunlearn.errors import InputError, UnsupportedError
-from editunlearn.lm.hooks import on_output
 from editunlearn.lm.sequences import watched
-from editunlearn.lm.weights import module
 
 if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
-
-Memory = Codebook | SideMemory
-"""Every kind has ``KIND``, ``PARTS`` (its tensors), ``count``, ``shape``, ``operations``, ``settings``, ``of``, ``to``,
-``only``, ``joined`` and ``change``."""
-
-KINDS: Mapping[str, type[Memory]] = MappingProxyType({m.KIND: m for m in (Codebook, SideMemory)})
 
 
 def parts_of(memory: Memory) -> list[tuple[str, Tensor]]:
@@ -100,12 +90,7 @@ class MemoryDelta:
                 filled elsewhere.
         """
         check_fits(self.manifest, lm.model)
-        with ExitStack() as entered:
-            watcher = entered.enter_context(watched(lm.model))
-            for name, memory in self.memories.items():
-                target = module(lm.model, name)
-                here = memory.to(next(target.parameters()).device)
-                entered.enter_context(on_output(target, here.change(name, watcher)))
+        with watched(lm.model) as watcher, beside(lm.model, self.memories, watcher):
             yield lm
 
     def without(self, ids: Iterable[str]) -> MemoryDelta:

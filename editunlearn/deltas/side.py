@@ -73,6 +73,10 @@ class SideMemory:
         index = torch.tensor(entries, dtype=torch.long)
         return SideMemory(self.updates[index], self.thresholds[index])
 
+    def awake(self) -> SideMemory:
+        """The same, woken by every prompt: what it costs at most."""
+        return SideMemory(self.updates, torch.zeros_like(self.thresholds))
+
     def joined(self, other: SideMemory) -> SideMemory:
         """Both archives in one."""
         return SideMemory(torch.cat([self.updates, other.updates]), torch.cat([self.thresholds, other.thresholds]))
