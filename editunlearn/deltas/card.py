@@ -74,6 +74,10 @@ def _base(manifest: BaseManifest) -> str:
     return name if _is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
+def _edited(manifest: BaseManifest) -> str:
+    return f"{_base(manifest)}, edited with {manifest.method}"
+
+
 def _is_hub_id(name: str) -> bool:
     if name == "demo":  # ours, made of PyPI packages
         return False

@@ -56,8 +56,8 @@ def written(delta: Delta, what: str) -> LowRankDelta | DenseDelta:
         return delta
     raise UnsupportedError(
         f"{what}: {delta.manifest.method} leaves the weights as they are and keeps a memory beside them; there is no "
-        "change of weights. Use the delta itself (applied(lm), evaluate --delta), export --to standalone, or a method that writes into the "
-        "weights, such as memit."
+        "change of weights. Use the delta itself (applied(lm), evaluate --delta), or export --to standalone, or a "
+        "method that writes into the weights, such as memit."
     )
 
 

@@ -203,25 +203,26 @@ def cost(lm: LoadedModel, delta: MemoryDelta) -> Rows:
         f"a prompt of {PROMPT} tokens, ms": {},
         "each token behind it, ms": {},
     }
-    _times(lm)  # the first passes of a process are slow
+    times(lm)  # the first passes of a process are slow
     for column, there in (
         ("base", None),
         ("with the memory", delta),
         ("with it, awake", MemoryDelta(memories, delta.manifest)),
     ):
         if there is None:
-            times = _times(lm)
+            spent = times(lm)
         else:
             with there.applied(lm):
-                times = _times(lm)
-        values = ((weights + (there.nbytes if there is not None else 0)) / 1e6, *times)
+                spent = times(lm)
+        values = ((weights + (there.nbytes if there is not None else 0)) / 1e6, *spent)
         for row, value in zip(rows.values(), values, strict=True):
             row[column] = value
     return rows
 
 
-def _times(lm: LoadedModel) -> tuple[float, float]:
-    """Milliseconds of a prompt, and of a token behind it."""
+@torch.no_grad()
+def times(lm: LoadedModel) -> tuple[float, float]:
+    """Milliseconds of a prompt of ``PROMPT`` tokens, and of a token behind it; medians."""
     model: Any = lm.model
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(PROMPT, device=device)[None] % int(model.config.get_text_config().vocab_size)

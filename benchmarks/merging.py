@@ -1,0 +1,42 @@
+"""Query merging: ROME and MEMIT at 10 to 400 forget samples, each with a value of its own, or merged.
+
+    python benchmarks/merging.py --facts known_facts.json --text test.txt --out benchmarks/results/merging.json
+
+Merged by subject, in runs, and with one value for all. The closed forms alone are run as well (``refine: null``): refine
+repairs what a collapse has left. Fluency is the n-gram entropy of what is said to held-out prompts. A finished run is
+not repeated.
+"""
+
+from __future__ import annotations
+
+import grid
+
+METHODS = ("rome", "memit")
+SIZES = (10, 40, 100, 400)
+MERGED = {
+    "unmerged": (),
+    "merged by subject": ("merge.by=subject",),
+    "merged in runs of 10": ("merge.by=run", "merge.size=10"),
+    "one value for all": ("merge.by=all",),
+}
+FORMS = {"": (), ", closed form alone": ("refine=null",)}
+
+
+def main() -> None:
+    """All runs; small ones first."""
+    args = grid.flags(__doc__).parse_args()
+    grid.run(
+        [
+            grid.Cell(f"{method}, {name}{form}", method, size, "batch", (*args.set, *merged, *alone))
+            for size in args.sizes or SIZES
+            for method in METHODS
+            for form, alone in FORMS.items()
+            for name, merged in MERGED.items()
+        ],
+        args,
+        "benchmarks/merging.py",
+    )
+
+
+if __name__ == "__main__":
+    main()
