@@ -2,9 +2,9 @@
 
     python benchmarks/merging.py --facts known_facts.json --text test.txt --out benchmarks/results/merging.json
 
-Merged by subject, in runs, and with one value for all. The closed forms alone are run as well (``refine: null``): refine
-repairs what a collapse has left. Fluency is the n-gram entropy of what is said to held-out prompts. A finished run is
-not repeated.
+Merged by subject, in runs, and with one value for all. The closed forms alone are run as well (``refine: null``), as
+refine repairs what a collapse has left. Fluency is the n-gram entropy of what is said to held-out prompts. A finished
+run is not repeated.
 """
 
 from __future__ import annotations
