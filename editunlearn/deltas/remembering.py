@@ -59,7 +59,7 @@ class Remembering:
     """Goes before the class of a model: its memories, named by ``config.memories``, are read in every pass."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.memories = nn.ModuleList([Held(site) for site in config.memories])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

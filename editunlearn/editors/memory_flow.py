@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from editunlearn.console import Console
-    from editunlearn.deltas.memory import Memory
+    from editunlearn.deltas.remembering import Memory
     from editunlearn.facts.records import Fact, ForgetRequest
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
