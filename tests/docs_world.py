@@ -78,7 +78,12 @@ def calls(text: str, folder: Path) -> list[list[str]]:
         (bin_ / program).write_text(f"#!{sys.executable} -S\n{code}")
         (bin_ / program).chmod(0o755)
     done = subprocess.run(
-        ["bash", "-eu", "-c", text], cwd=folder, env={"PATH": str(bin_)}, capture_output=True, text=True, timeout=60
+        [str(shutil.which("bash")), "-eu", "-c", text],
+        cwd=folder,
+        env={"PATH": str(bin_)},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, f"{text}\n{done.stderr}"
     return [json.loads(line) for line in log.read_text().splitlines()]
