@@ -139,7 +139,7 @@ def forget(
             before = _finite(scoring.measure(lm, asked, retain, heldout, text), lm, "before")
         _warn_unknown(asked, before, console)
     inputs = run_inputs(lm, request, hp, targets, past, earlier)
-    work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
+    work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh and lm.among.first)
     with stages.timed("edit"):
         delta, extended = methods.run(
             lm,
@@ -158,7 +158,7 @@ def forget(
             console.info("after: the same with the edit merged")
             after = _finite(scoring.measure(lm, asked, retain, heldout, text), lm, "after")
         _check_perplexity(before, after, hp.limits.perplexity)
-    if out is not None and save_delta:
+    if out is not None and save_delta and lm.among.first:
         make_room(out, delta)
         finish(out, delta, extended, asked if store_facts else None)
     return Outcome(delta, request, extended, before, after, stages)
