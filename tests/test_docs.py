@@ -20,6 +20,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 import docs_world
+import huggingface_hub
 import pytest
 import runs
 import tiny
@@ -107,6 +108,7 @@ def test_every_command_is_right(
     piece: docs_world.Piece, world: runs.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None
 ) -> None:
     monkeypatch.chdir(world.root)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")  # a dry run asks for no more
     found = docs_world.calls(piece.text, tmp_path)
     assert found, f"no command was started by: {piece.text}"
     for call in found:
@@ -132,8 +134,8 @@ def check_own(words: list[str], call: list[str]) -> None:
         flags += ["--model", "my/model"]
     if "--data-root" in known and "--data-root" not in flags:
         flags += ["--data-root", "benchmark_data"]
-    if "--out" in known and command == "report":
-        flags += ["--out", "report-of-this"]
+    if command in ("report", "export"):  # the last one counts
+        flags += ["--out", f"{command}-of-this"]
     done = runs.call(command, *flags)
     assert done.code == 0, f"{docs_world.plain(call)}\n{done.err}"
 

@@ -168,9 +168,11 @@ def test_two_processes_measure_what_one_does(world: runs.World, tmp_path: Path) 
 
 
 def test_what_goes_wrong_in_one_ends_all(world: runs.World, tmp_path: Path) -> None:
-    both = launch(TORCHRUN, tmp_path, "editunlearn.apply", *world.flags(tmp_path / "x", "--set", "value.lr=1e30"))
-    assert [one.code for one in both] == [1, 1] and "not finite" in both[0].err
-    assert not (tmp_path / "x" / "delta.json").exists()
+    code = "from editunlearn.lm.processes import joined\nwith joined() as here:\n    "
+    (tmp_path / "fails.py").write_text(code + "here.each(lambda: 1 // (1 - here.rank))\n", encoding="utf-8")
+    both = launch(TORCHRUN, tmp_path, "fails")
+    assert [one.code for one in both] == [1, 1]
+    assert all("ZeroDivisionError" in one.err for one in both)  # the first one is told, and does not wait
     trained = ["--hparams", "npo", "--model", str(world.model), "--facts", str(world.root / "facts.jsonl")]
     both = launch(TORCHRUN, tmp_path, "editunlearn.apply", *trained, "--out", str(tmp_path / "y"))
     assert [one.code for one in both] == [2, 2] and "Start one process" in both[0].err
