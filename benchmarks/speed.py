@@ -200,7 +200,7 @@ class Bench:
         from editunlearn.workspace import Workspace
 
         n = self.args.insertion_facts
-        rows = ForgetRows(self.rows.keys[: n * len(self.rows.targets[0])], self.rows.targets[:n])
+        rows = ForgetRows(self.rows.keys[: n * len(self.rows.targets[0])], self.rows.targets[:n], tuple(range(n)))
         quick = self.hp.value.model_copy(update={"steps": 2})
         found = values.optimise(self.slow, self.problems[:n], [self.block], quick)
         bare = [r[0] for r in rows.targets]

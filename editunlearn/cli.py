@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -225,8 +226,11 @@ def check_writable(folder: Path, flag: str) -> None:
         place = place.parent
     if not place.is_dir():
         raise InputError(f"{flag} {folder}: {place} is a file, not a folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: {place} is not writable. Choose another folder.")
+    try:  # permission bits do not tell: not to root, and not of every file system
+        tempfile.TemporaryDirectory(dir=place, prefix=".editunlearn-").cleanup()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"{flag} {folder}: {place} is not writable ({reason}). Choose another folder.") from None
 
 
 def shown_command(command: str, argv: Sequence[str]) -> str:

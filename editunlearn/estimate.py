@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.facts.readers import load_facts
+from editunlearn.facts.spellings import spelled
 from editunlearn.resources import shipped_path
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ def work(
         stages |= {
             "second moments, once per model": statistics(cost, hp, depth, width),
             "lookalikes": statistics(cost, hp, depth, width) if lookalikes else 0.0,
-            "values, at most": 2 * hp.value.steps * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
+            "values, at most": ways(hp, facts)
+            * 2
+            * hp.value.steps
+            * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
             "refine": _refine(cost, hp, row, target, len(facts)),
         }
     prompts = [
@@ -183,12 +187,18 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
 
 
 def columns(hp: MethodHParams, facts: Sequence[Fact]) -> int:
-    """Facts, or chunks of their targets, about."""
+    """Facts in all spellings, or chunks of their targets, about."""
     from editunlearn.hparams import EditorHParams
 
-    if not isinstance(hp, EditorHParams) or hp.chunks is None:
+    if not isinstance(hp, EditorHParams):
         return len(facts)
-    return sum(tokens_of([f.target or ""]) // hp.chunks.size + 1 for f in facts)
+    parts = len(facts) if hp.chunks is None else sum(tokens_of([f.target or ""]) // hp.chunks.size + 1 for f in facts)
+    return round(ways(hp, facts) * parts)
+
+
+def ways(hp: EditorHParams, facts: Sequence[Fact]) -> float:
+    """In how many spellings a fact is written, on average."""
+    return 1 + sum(len(spelled(f, hp.spellings)) for f in facts) / max(1, len(facts))
 
 
 def disk(hp: MethodHParams, facts: int, shapes: Sequence[tuple[int, int]]) -> int:

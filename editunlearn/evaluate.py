@@ -136,7 +136,8 @@ def plan(args: argparse.Namespace) -> Plan:
     measured, left_out = checks.run(
         lambda: states(list(zip(names, deltas, strict=False)), treatments, base=args.base, unknown=unknown)
     ) or ([], [])
-    wanted = [checks.run(lambda text=text: gates.parse(text)) for text in args.require]  # type: ignore[misc]
+    ours = not any(suite.startswith("lm-eval") for suite in args.suite)
+    wanted = [checks.run(lambda text=text: gates.parse(text, ours=ours)) for text in args.require]  # type: ignore[misc]
     references, baselines = (
         (checks.run(lambda p=path, f=flag: load_others(p, args.suite, f)) if path else None) or {}  # type: ignore[misc]
         for flag, path in (("--reference", args.reference), ("--baseline", args.baseline))

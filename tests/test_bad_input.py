@@ -145,6 +145,11 @@ def test_out(refused: Any, world: World, tmp_path: Path) -> None:
     assert "format is None" in refused(out=mine)[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that not even root can write to")
+def test_out_that_only_looks_writable(refused: Any) -> None:
+    assert "--out /proc/run: /proc is not writable" in refused(out=Path("/proc/run"))[0]
+
+
 def test_past_keys_of_another_model(refused: Any, tmp_path: Path) -> None:
     keys = {"model.layers.0.mlp.down_proj": torch.zeros(2, 7), "transformer.h.0.mlp.c_proj": torch.zeros(2, 136)}
     for name, tensor in keys.items():

@@ -48,7 +48,7 @@ def row(length: int, prompt: int, lookup: int = 1) -> Row:
 
 
 def test_what_a_target_is_cut_into() -> None:
-    rows = contexts.ForgetRows([], [[row(9, 4), row(12, 6, 3)], [row(5, 4)]])
+    rows = contexts.ForgetRows([], [[row(9, 4), row(12, 6, 3)], [row(5, 4)]], (0, 1))
     found, parts = chunks.split(rows, Chunks(size=2, preserve=0.5))
     assert parts.owner == (0, 0, 0, 1) and parts.turn == (0, 1, 2, 0) and parts.preserve == 0.5
     bare = [(len(part[0].ids), part[0].lookup, part[0].prompt_length) for part in found.targets]
@@ -58,11 +58,11 @@ def test_what_a_target_is_cut_into() -> None:
     assert [len(key.ids) for key in found.keys] == [4, 6, 6, 8, 8, 10, 4]
     assert [tokens for _, tokens in parts.others] == [(0, 2, 3, 4, 6, 8), (0, 2, 3, 4)]
     assert chunks.split(rows, Chunks(size=2, preserve=0))[1].others == ()
-    assert chunks.split(rows, None) == (rows, chunks.whole(2))
+    assert chunks.split(rows, None) == (rows, chunks.whole(range(2)))
 
 
 def test_a_context_may_change_the_length_of_the_target() -> None:
-    found, parts = chunks.split(contexts.ForgetRows([], [[row(9, 4), row(8, 4), row(11, 4)]]), Chunks(size=2))
+    found, parts = chunks.split(contexts.ForgetRows([], [[row(9, 4), row(8, 4), row(11, 4)]], (0,)), Chunks(size=2))
     assert parts.turn == (0, 1)
     assert [[len(r.ids) - r.prompt_length for r in part] for part in found.targets] == [[2, 2, 2], [3, 2, 5]]
 

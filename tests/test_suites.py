@@ -20,6 +20,7 @@ from scipy import stats
 from editunlearn.console import Console
 from editunlearn.errors import InputError
 from editunlearn.evaluation import open_unlearning, running, suites
+from editunlearn.evaluation.metrics.glossary import check_name
 from editunlearn.evaluation.reference import load_others
 from editunlearn.evaluation.results import Item, Measured, Value, as_json, check_alike, load
 from editunlearn.evaluation.suites import Source, safepku, tofu
@@ -43,8 +44,9 @@ def test_every_suite_measures_a_model(name: str, data: Path) -> None:
     assert found.parts and totals
     for part, items in found.parts.items():
         assert items and all(item.values for item in items), part
-    for value in {**found.summary(), **totals}.values():
+    for number, value in {**found.summary(), **totals}.items():
         assert value.value is not None or value.reason
+        check_name(number)  # what is measured can be required
 
 
 @pytest.mark.parametrize("name", benchmark_data.SUITES)

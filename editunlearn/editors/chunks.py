@@ -40,24 +40,24 @@ class Parts:
     preserve: float = 0.0
 
 
-def whole(facts: int) -> Parts:
-    """Every fact is a part."""
-    return Parts(tuple(range(facts)), (0,) * facts)
+def whole(owner: Sequence[int]) -> Parts:
+    """Every fact is a part, in each spelling."""
+    return Parts(tuple(owner), (0,) * len(owner))
 
 
 def split(rows: ForgetRows, hp: Chunks | None) -> tuple[ForgetRows, Parts]:
     """The rows of all parts, and whose they are."""
     if hp is None:
-        return rows, whole(len(rows.targets))
+        return rows, whole(rows.owner)
     cut = [_cut(targets, hp.size) for targets in rows.targets]
-    owner = tuple(fact for fact, pieces in enumerate(cut) for _ in pieces)
+    owner = tuple(fact for fact, pieces in zip(rows.owner, cut, strict=True) for _ in pieces)
     turn = tuple(number for pieces in cut for number in range(len(pieces)))
     parts = [piece for pieces in cut for piece in pieces]
     keys = [prompt_alone(row) for part in parts for row in part]
     others = tuple(
         (targets[0], _elsewhere(targets[0], pieces)) for targets, pieces in zip(rows.targets, cut, strict=True)
     )
-    return ForgetRows(keys, parts), Parts(owner, turn, others if hp.preserve > 0 else (), hp.preserve)
+    return ForgetRows(keys, parts, owner), Parts(owner, turn, others if hp.preserve > 0 else (), hp.preserve)
 
 
 def _cut(targets: Sequence[Row], size: int) -> list[list[Row]]:

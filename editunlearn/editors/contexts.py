@@ -11,6 +11,7 @@ from editunlearn.editors import made_up
 from editunlearn.editors.moments import tokenizer_hash
 from editunlearn.editors.value_types import Problem
 from editunlearn.errors import InputError
+from editunlearn.facts.spellings import spelled
 from editunlearn.lm.fingerprint import model_fingerprint
 from editunlearn.lm.generation import context_prefixes
 from editunlearn.lm.tokens import Prompt, Row, encode, wrap
@@ -71,17 +72,33 @@ def prefixes(lm: LM, hp: ContextPrefixes, cache: Path | None) -> list[str]:
 class ForgetRows:
     """Every fact in every context, the bare prompt first; only the target at the end tells ``targets`` from ``keys``.
 
+    A fact whose subject is also written in other letters is there once for each way.
+
     Attributes:
         keys: fact-major list of rows without target, facts * contexts of them.
         targets: for each fact its rows with the target.
+        owner: of each of ``targets`` the number of its fact; all facts as they are come before any in other letters.
     """
 
     keys: list[Row]
     targets: list[list[Row]]
+    owner: tuple[int, ...]
+
+    def by_fact(self) -> list[list[Row]]:
+        """For each fact its rows with the target, in all spellings."""
+        found: dict[int, list[Row]] = {}
+        for number, rows in zip(self.owner, self.targets, strict=True):
+            found.setdefault(number, []).extend(rows)
+        return list(found.values())
 
 
-def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: Located) -> ForgetRows:
+def forget_rows(
+    lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: Located, spellings: Sequence[str] = ()
+) -> ForgetRows:
     """Rows of the facts to forget.
+
+    Args:
+        spellings: names of :data:`~editunlearn.facts.spellings.FORMS` that subjects are written in as well.
 
     Raises:
         InputError: a fact has no target yet.
@@ -93,20 +110,29 @@ def forget_rows(lm: LM, facts: Sequence[Fact], texts: Sequence[str], hp: Located
             "Fill them with fill_targets(facts, 'refusal')."
         )
     keys, targets = [], []
-    for fact in facts:
+    others = [(number, other) for number, fact in enumerate(facts) for other in spelled(fact, spellings)]
+    numbered = [*enumerate(facts), *others]
+    for _, fact in numbered:
         prompts = [prompt_of(lm, fact, prefix) for prefix in ("", *texts)]
         with_target = [encode(lm, p, fact.target, hp.subject_token) for p in prompts]
         keys += [prompt_alone(row) for row in with_target]
         targets.append(with_target)
-    return ForgetRows(keys, targets)
+    return ForgetRows(keys, targets, tuple(number for number, _ in numbered))
 
 
 def unseen_rows(lm: LM, facts: Sequence[Fact], hp: EditorHParams, cache: Path | None) -> list[list[Row]]:
-    """For each fact its rows with the target behind prefixes of another seed; bare if there are no prefixes."""
+    """For each fact its rows with the target behind prefixes of another seed; bare if there are no prefixes.
+
+    In other letters it comes behind one of them.
+    """
     own = hp.context_prefixes
     other = own.model_copy(update={"count": UNSEEN if own.count else 0, "seed": own.seed + 1})
     texts = prefixes(lm, other, cache)
-    return [of_fact[1 if texts else 0 :] for of_fact in forget_rows(lm, facts, texts, hp).targets]
+    plain = [of_fact[1 if texts else 0 :] for of_fact in forget_rows(lm, facts, texts, hp).targets]
+    spelt = forget_rows(lm, facts, texts[:1], hp, hp.spellings)
+    for number, rows in list(zip(spelt.owner, spelt.targets, strict=True))[len(facts) :]:
+        plain[number].append(rows[-1])
+    return plain
 
 
 def keep_rows(lm: LM, facts: Sequence[Fact], hp: Located, *, answers: bool) -> list[Row]:

@@ -51,13 +51,11 @@ class Fit:
     Attributes:
         factors: by module name.
         past: the keys that it wrote, for later edits.
-        value_loss: of each fact, or chunk of its target.
         columns: for each column of the factors the id of its fact, None where it serves several.
     """
 
     factors: dict[str, Pair]
     past: PastKeys
-    value_loss: Tensor
     columns: list[str | None]
 
 
@@ -77,7 +75,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         """Nothing is cut into chunks or merged until :meth:`run` has looked at the rows and the keys."""
-        self.parts = chunks.whole(len(self.request.facts))
+        self.parts = chunks.whole(range(len(self.request.facts)))
         self.groups = merging.alone(len(self.request.facts))
 
     def run(self) -> Fit:
@@ -99,7 +97,7 @@ class Flow:
         sites = self.lm.layout.sites(layers)
         self.console.info(f"layers: {', '.join(map(str, layers))} ({why})")
         texts = contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache)
-        rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp)
+        rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp, self.hp.spellings)
         keep = keeping.facts(self.request, self.hp.retain.max_keys)
         second = self._moments(sites)  # of the model as it came, so that many small edits cost one measurement
         with self.earlier.active(self.lm) if self.earlier is not None else nullcontext():
@@ -127,7 +125,7 @@ class Flow:
             factors = self._refine(factors, solved, rows, keep)
         _check_finite(factors)
         past = self.past.extended({name: p.keys for name, p in solved.items()})
-        return Fit(factors, past, found.loss, self.groups.ids(self._owners()))
+        return Fit(factors, past, self.groups.ids(self._owners()))
 
     def _owners(self) -> list[Fact]:
         """The fact of each part."""
@@ -181,7 +179,7 @@ class Flow:
                     warn=self.console.warn,
                 )
 
-            parts = self.parts if self.hp.merge is None else chunks.whole(len(problems))
+            parts = self.parts if self.hp.merge is None else chunks.whole(range(len(problems)))
             of_groups = chunks.in_turn(problems, parts, optimise)
         found = self.groups.values(of_groups)
         self.lm.among.by_first(lambda: self.work.put("values", vars(found)))
@@ -288,7 +286,7 @@ class Flow:
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
         grows = hp.most(facts) > hp.planned(facts)
         unseen = contexts.unseen_rows(self.lm, self.request.facts, self.hp, self.cache) if grows else []
-        goals = Goals(rows.targets, keeping.prompts(self.lm, self.request, keep, self.hp), pieces, unseen)
+        goals = Goals(rows.by_fact(), keeping.prompts(self.lm, self.request, keep, self.hp), pieces, unseen)
         with self.console.progress(hp.planned(facts), "refine (steps)") as bar:
 
             def report(step: int, expected: int, nll: float, kept: float, generic: float) -> None:

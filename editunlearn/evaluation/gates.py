@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from editunlearn.errors import InputError
+from editunlearn.evaluation.metrics.glossary import check_name
 from editunlearn.naming import did_you_mean
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
@@ -63,14 +64,23 @@ class Gate:
         return f"{self.metric}{self.sign}{self.bound:g}"
 
 
-def parse(text: str) -> Gate:
+def parse(text: str, *, ours: bool) -> Gate:
     """A gate from ``METRIC<=NUMBER``.
 
+    Args:
+        ours: only suites of ours are run, so that the metric is one of theirs.
+
     Raises:
-        InputError: it is not of that form.
+        InputError: it is not of that form, or there is no such metric.
     """
     match = _GATE.fullmatch(text)
     try:
-        return Gate(match[1], match[2], float(match[3]))  # type: ignore[index]
+        gate = Gate(match[1], match[2], float(match[3]))  # type: ignore[index]
     except (TypeError, ValueError):
         raise InputError(f'--require {text!r}: write METRIC, <=, >=, < or >, and a number: "leak_gen<=0.02".') from None
+    if ours:
+        try:
+            check_name(gate.metric)
+        except InputError as error:
+            raise InputError(f"--require {gate}: {error}") from None
+    return gate

@@ -61,6 +61,10 @@ Strength = Annotated[
     BeforeValidator(_strength),
     Field(json_schema_extra={"allowed": "auto, or a number from 0"}),
 ]
+Spellings = Annotated[
+    list[Literal["lower", "upper", "hyphens", "quotes"]],
+    Field(json_schema_extra={"allowed": "a list of lower, upper, hyphens and quotes, or an empty one"}),
+]
 Tokens = Annotated[Literal["auto"] | int, _count("moments.tokens"), _COUNT]
 Layers = Annotated[
     Literal["auto", "located"] | list[int | float],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from editunlearn.hparams import pieces
-from editunlearn.hparams.fields import Layers, Piece, Whole
+from editunlearn.hparams.fields import Layers, Piece, Spellings, Whole
 from editunlearn.hparams.training import Stop, Train
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class EditorHParams(InContextHParams):
         default=None, description="Query merging; null: every fact has its own value and key."
     )
     chunks: pieces.Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
+    spellings: Spellings = Field(
+        default_factory=list,
+        description="Other letters in which a subject is forgotten as well, each with a key and a value of its own.",
+    )
     limits: pieces.EditLimits = Field(
         default_factory=pieces.EditLimits, description="What stops a run before it ruins the model."
     )
@@ -66,14 +70,14 @@ class EditorHParams(InContextHParams):
         default_factory=pieces.Refine, description="Training after the closed form; null for the closed form alone."
     )
 
-    @field_validator("chunks")
+    @field_validator("chunks", "spellings")
     @classmethod
-    def _not_merged(cls, chunks: pieces.Chunks | None, info: ValidationInfo) -> pieces.Chunks | None:
-        if chunks is not None and info.data.get("merge") is not None:
+    def _not_merged(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("merge") is not None:
             raise ValueError(
-                "chunks and merge do not go together: merged facts share one value. Set one of them to null."
+                f"{info.field_name} and merge do not go together: merged facts share one value. Leave one of them out."
             )
-        return chunks
+        return value
 
 
 def _one_layer(value: Any) -> Any:

@@ -12,6 +12,7 @@ from editunlearn.evaluation.attacks.back_phrasing import cloze
 from editunlearn.evaluation.attacks.splitting import Split
 from editunlearn.evaluation.metrics.text import leaks, normalise
 from editunlearn.facts.records import answers
+from editunlearn.facts.spellings import FORMS, spelled
 
 if TYPE_CHECKING:
     from editunlearn.facts.records import Fact
@@ -109,13 +110,7 @@ def few_shot(fact: Fact, others: Sequence[Fact], draw: random.Random) -> list[Va
 
 def spelling(fact: Fact, _others: Sequence[Fact], _draw: random.Random) -> list[Variant]:
     """The subject in other letters, so that it falls into other tokens."""
-    start, end = fact.subject_start, fact.subject_end
-
-    def written(subject: str) -> Variant:
-        return _same(fact, prompt=fact.prompt[:start] + subject + fact.prompt[end:])
-
-    forms = (fact.subject.lower(), fact.subject.upper(), "-".join(fact.subject.split()), f'"{fact.subject}"')
-    return [written(form) for form in dict.fromkeys(forms) if form != fact.subject]
+    return [_same(fact, prompt=other.prompt) for other in spelled(fact, tuple(FORMS))]
 
 
 def back_phrasing(fact: Fact, _others: Sequence[Fact], _draw: random.Random) -> list[Variant]:

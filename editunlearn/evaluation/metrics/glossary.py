@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from editunlearn.errors import InputError
 from editunlearn.evaluation.metrics import Definition, closure, editing, likelihood, memorisation, text
+from editunlearn.naming import did_you_mean
 
 MODULES = (text, likelihood, memorisation, editing, closure)
 DEFINITIONS: Mapping[str, Definition] = MappingProxyType({d.name: d for module in MODULES for d in module.DEFINITIONS})
@@ -71,6 +73,14 @@ def definition_of(name: str) -> Definition | None:
         if found is not None:
             return found
     return None
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless something that suites of ours measure has the name."""
+    last = name.rpartition(".")[2]
+    if definition_of(name) is None and last not in _TURNED:
+        near = did_you_mean(last, {*DEFINITIONS, *_OTHER_NAMES, *_TURNED})
+        raise InputError(f"there is no metric {last!r}.{near} docs/metrics.md lists them.")
 
 
 def better(name: str) -> str:
