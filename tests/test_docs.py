@@ -76,12 +76,14 @@ def test_the_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
     shutil.copytree(runs.ROOT / "docs", tmp_path / "docs")
     shutil.copy(runs.ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "benchmarks").symlink_to(runs.ROOT / "benchmarks")
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "tutorials" / "first-steps" / "index.html").is_file()
-    assert not (tmp_path / "site" / "make.py").exists()
+    assert (tmp_path / "site" / "benchmarks" / "results" / "locate_demo.svg").is_file()
+    assert not list((tmp_path / "site").glob("*.py"))
 
 
 def test_links_from_outside_of_the_site() -> None:
