@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from editunlearn.deltas.dense import DenseDelta
     from editunlearn.deltas.kinds import Delta
     from editunlearn.deltas.lowrank import LowRankDelta
-    from editunlearn.deltas.manifest import BaseModelRecord
+    from editunlearn.deltas.manifest import BaseManifest, BaseModelRecord
     from editunlearn.editors.past import PastKeys
     from editunlearn.hub import Push
 
@@ -94,7 +94,8 @@ def _main(argv: Sequence[str]) -> None:
         if args.to != "delta" or args.revert:
             what = "--revert" if args.revert else f"--to {args.to}"
             checks.run(lambda found=delta: written(found, what))  # type: ignore[misc]
-    push = checks.run(lambda made=delta: _push(args, made, console)) if delta is not None else None  # type: ignore[misc]
+    made = [found.manifest for _, found in held if found is not None]
+    push = checks.run(lambda: _push(args, made, console))
     checks.finish()
     assert delta is not None  # noqa: S101 - finish() raised otherwise
     for other in others:
@@ -125,7 +126,7 @@ def _main(argv: Sequence[str]) -> None:
         console.result(f"uploaded ({push.seen_by}): {push.send(args.out, args.to)}")
 
 
-def _push(args: argparse.Namespace, delta: Delta, console: Console) -> Push | None:
+def _push(args: argparse.Namespace, made: Sequence[BaseManifest], console: Console) -> Push | None:
     """The upload that the flags ask for, looked at without the network."""
     from editunlearn.hub import Push
 
@@ -134,19 +135,19 @@ def _push(args: argparse.Namespace, delta: Delta, console: Console) -> Push | No
             raise InputError("--public is for --push OWNER/NAME, which is not there.")
         return None
     push = Push(args.push, args.public)
-    for warning in push.check(args.to, delta.manifest):
+    for warning in push.check(args.to, made):
         console.warn(warning)
     return push
 
 
-def _card(args: argparse.Namespace, delta: Delta) -> str:
-    """The model card: with what was measured when the edit was made, if it is this very edit."""
+def _card(args: argparse.Namespace, delta: Delta, *, whole: bool = True) -> str:
+    """The model card: with what was measured when the edit was made, if this is that very edit, ``whole``."""
     from editunlearn.deltas.card import model_card
 
     rows: Any = None
     results = args.delta / "results.json"
-    if results.is_file() and not (args.without or args.compose or args.revert):
-        with suppress(ValueError):  # a card does not fail for it
+    if whole and results.is_file() and not (args.without or args.compose or args.revert):
+        with suppress(ValueError, AttributeError):  # a file that is not ours; a card does not fail for it
             rows = json.loads(results.read_text(encoding="utf-8")).get("metrics")
     return model_card(delta.manifest, rows, [args.command], kind=args.to)
 
@@ -242,7 +243,7 @@ def _lora(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: C
     base = delta.manifest.base
     with atomic_dir(args.out) as folder:
         made = export_lora(delta, folder, base.name, revision=base.revision, max_rank=args.max_rank or RANKS[-1])
-        atomic_write_text(folder / "README.md", _card(args, delta))
+        atomic_write_text(folder / "README.md", _card(args, delta, whole=not made.discarded))
     for name, share in made.discarded.items():
         console.warn(f"{name}: {share:.2%} of the edit was cut off to rank {made.rank}")
     console.result(f"LoRA of rank {made.rank} in {args.out}; vLLM: {made.vllm_flags}")

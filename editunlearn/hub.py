@@ -35,12 +35,12 @@ class Push:
         """Who may read it, in a word."""
         return "public" if self.public else "private"
 
-    def check(self, kind: str, made: BaseManifest) -> list[str]:
+    def check(self, kind: str, made: Sequence[BaseManifest]) -> list[str]:
         """Look at everything that needs no network; what its owner should think about before it is public.
 
         Args:
             kind: of the export: merged, lora or delta.
-            made: the delta's manifest.
+            made: manifests of the deltas in it.
 
         Raises:
             InputError: the name is none, nobody is logged in, or the texts of the facts would become public.
@@ -59,7 +59,7 @@ class Push:
             problems.append(f"--push {self.repo}: write OWNER/NAME: letters, digits, '-', '_' and '.', at most 96.")
         if get_token() is None:
             problems.append(f"--push {self.repo}: nobody is logged in. Run hf auth login, or set HF_TOKEN.")
-        if self.public and any(part.text for part in made.facts):
+        if self.public and any(part.text for one in made for part in one.facts):
             problems.append(
                 f"--push {self.repo} --public: the texts of the facts are stored in this delta (--store-facts) and "
                 "would be published with it. Leave --public out, or make the delta without --store-facts."

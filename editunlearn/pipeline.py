@@ -118,7 +118,11 @@ def forget(
     if hp.layers == "located":
         hp, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
         console.info(f"layers: {hp.layers} ({why})")
-    filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
+    filled = lm.among.by_first(
+        lambda: with_targets(
+            lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages
+        )
+    )
     again: list[Fact] = []
     if earlier is not None:
         facts = earlier.divide(facts)[0]
@@ -128,7 +132,7 @@ def forget(
     retain = _not_forgotten(retain, asked, console)
     kept = without(retain, asked, console)
     with stages.timed("known facts"):
-        general = general_facts(lm, asked, kept, cache, console)
+        general = lm.among.by_first(lambda: general_facts(lm, asked, kept, cache, console))
     heldout = general.heldout
     request = ForgetRequest(tuple(filled), tuple(kept), tuple(general.known), tuple(general.names), tuple(again))
     text = perplexity_text(lm)

@@ -112,6 +112,13 @@ def test_private_with_a_card(hub: Hub, saved: Path) -> None:
     assert str(saved.parent) not in card
 
 
+def test_a_card_of_a_part_has_no_measured_numbers(hub: Hub, tmp_path: Path) -> None:
+    save(delta(lm(hidden=48), rank=20), tmp_path / "edit")
+    (tmp_path / "edit" / "results.json").write_text(json.dumps({"metrics": {"leak": {"base": 0.9, "edited": 0.125}}}))
+    assert push(tmp_path / "edit", "--max-rank", "8").code == 0
+    assert "Nothing was measured" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_delta_without_some_facts_has_no_measured_numbers(hub: Hub, saved: Path) -> None:
     assert push(saved, "--without", "ada-1", to="delta").code == 0
     card = (saved.parent / "out" / "README.md").read_text(encoding="utf-8")
@@ -138,6 +145,10 @@ def test_what_needs_no_network_is_found_before_any(
     assert done.code == 2
     for words in ("write OWNER/NAME", "hf auth login", "texts of the facts"):
         assert any(words in line for line in done.err.splitlines()), done.err
+    composed = runs.call(
+        "export", "--delta", str(saved), "--compose", str(tmp_path / "told"), *out, "--push", "a/b", "--public"
+    )
+    assert "texts of the facts" in composed.err
     alone = runs.call("export", "--delta", str(saved), *out, "--public")
     assert alone.code == 2 and "--push OWNER/NAME" in alone.err
     assert hub.calls == [] and not (tmp_path / "out").exists()

@@ -17,7 +17,10 @@ import editunlearn
 from editunlearn import methods
 from editunlearn.__main__ import COMMANDS
 
-HEAVY = "torch transformers datasets pandas numpy scipy sklearn matplotlib peft rich tqdm pydantic tokenizers".split()
+HEAVY = (
+    "torch transformers datasets pandas numpy scipy sklearn matplotlib peft rich tqdm pydantic tokenizers "
+    "safetensors huggingface_hub"
+).split()
 
 
 def test_lists() -> None:

@@ -96,7 +96,7 @@ class Flow:
         )
         sites = self.lm.layout.sites(layers)
         self.console.info(f"layers: {', '.join(map(str, layers))} ({why})")
-        texts = contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache)
+        texts = self.lm.among.by_first(lambda: contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache))
         rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp, self.hp.spellings)
         keep = keeping.facts(self.request, self.hp.retain.max_keys)
         second = self._moments(sites)  # of the model as it came, so that many small edits cost one measurement
