@@ -105,7 +105,8 @@ class Push:
         from huggingface_hub import HfApi
 
         api = HfApi()
-        with _told(self.repo, again=["hf", "upload", self.repo, str(folder), "."]):
+        again = ["hf", "upload", self.repo, str(folder), ".", *([] if self.public else ["--private"])]
+        with _told(self.repo, again):
             where = api.create_repo(self.repo, private=not self.public, exist_ok=True)
             api.upload_folder(repo_id=self.repo, folder_path=folder, commit_message=f"Add {WHAT[kind]} (editunlearn)")
         return str(where)

@@ -58,7 +58,7 @@ def pieces(*kinds: str) -> list[Piece]:
         if "bash" in kinds:
             prose = BLOCK.sub(lambda block: "\n" * block.group().count("\n"), text)
             for inline in re.finditer(r"`((?:editunlearn|python -m|torchrun) [^`]*)`", prose):
-                if "COMMAND" not in inline.group(1):
+                if not {"COMMAND", "NAME"} & set(inline.group(1).split()):
                     found.append(Piece(_place(page, prose, inline.start()), "inline", inline.group(1)))
     return found
 
@@ -141,15 +141,12 @@ def _runs(world: runs.World) -> None:
     """Edits and results, made by the commands themselves."""
     quick = [item for item in runs.QUICK if not item.startswith("layers")]
     quick += ["limits.norm=null", "limits.perplexity=null"]  # random weights, large steps
-    for name in ("memit", "memit-2", "a"):
-        flags = world.flags(f"runs/{name}", "--evaluate", "none", "--model", "my/model", settings=quick)
+    for name, *more in (("memit",), ("b", "--facts", "more.jsonl")):
+        flags = world.flags(f"runs/{name}", *more, "--evaluate", "none", "--model", "my/model", settings=quick)
         done = runs.call("apply", *flags)
         assert done.code == 0, done.err
-    for name in ("b", "alphaedit", "npo", "graddiff"):
+    for name in ("memit-2", "a", "alphaedit", "npo", "graddiff"):
         shutil.copytree("runs/memit", f"runs/{name}")
-    shutil.rmtree("runs/b")
-    facts = ["--facts", "more.jsonl", "--evaluate", "none", "--model", "my/model"]
-    assert runs.call("apply", *world.flags("runs/b", *facts, settings=quick)).code == 0
     shown = ["--facts", "forget.jsonl", "--limit", "1"]
     assert runs.call("evaluate", "--delta", "runs/memit", "--base", "--suite", "facts", *shown).code == 0
     tofu = ["--suite", "tofu:forget10", "--data-root", "benchmark_data", "--model", "my/model", "--out", "retrained"]

@@ -170,5 +170,5 @@ def test_a_hub_that_says_no(hub: Hub, saved: Path) -> None:
     hub.fails["upload_folder"] = HTTPError("connection lost")
     done = push(saved)
     out = saved.parent / "out"
-    assert done.code == 1 and f"hf upload me/edited {out} ." in " ".join(done.err.split())
+    assert done.code == 1 and f"hf upload me/edited {out} . --private" in " ".join(done.err.split())
     assert (out / "adapter_config.json").is_file()  # the work is not lost
