@@ -58,7 +58,7 @@ def pieces(*kinds: str) -> list[Piece]:
         if "bash" in kinds:
             prose = BLOCK.sub(lambda block: "\n" * block.group().count("\n"), text)
             for inline in re.finditer(r"`((?:editunlearn|python -m|torchrun) [^`]*)`", prose):
-                if not {"COMMAND", "NAME"} & set(inline.group(1).split()):
+                if not re.search(r"\b(COMMAND|NAME)\b", inline.group(1)):  # those stand for something
                     found.append(Piece(_place(page, prose, inline.start()), "inline", inline.group(1)))
     return found
 
