@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from editunlearn.editors.past import PastKeys
     from editunlearn.facts.records import Fact
     from editunlearn.hparams import MethodHParams
+    from editunlearn.lm.loading import LM
+    from editunlearn.pipeline import Outcome
 
 EXAMPLES = """\
   editunlearn apply --hparams memit                                     the demo model and the demo facts
   editunlearn apply --hparams memit --model Qwen/Qwen3-0.6B --facts mine.jsonl --retain keep.jsonl --save merged
   editunlearn apply --hparams alphaedit --facts mine.csv --targets empty --dry-run
-  editunlearn apply --hparams memit --facts more.jsonl --continue runs/memit --out runs/memit-2
+  editunlearn apply --hparams memit --model Qwen/Qwen3-0.6B --facts more.jsonl --continue runs/memit --out runs/memit-2
   editunlearn apply --hparams paper/memit --facts locuslab/TOFU:forget01 --model me/tofu-llama"""
 KINDS = ("delta", "lora", "merged")
 
@@ -153,6 +155,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     hp = checks.run(lambda: load_settings(args, config, console))
     if hp is not None:
         checks.run(lambda: check_settings(hp, config))
+        checks.run(lambda: _check_processes(hp))
     given = args.facts or str(shipped_path("data", "demo_forget.jsonl"))
     facts = checks.run(lambda: _facts(args, given, console, args.limit)) or []
     default = None if args.facts else str(shipped_path("data", "demo_retain.jsonl"))
@@ -239,6 +242,18 @@ def _check_memory(hp: MethodHParams, save: Sequence[str], past: PastKeys | None)
         )
 
 
+def _check_processes(hp: MethodHParams) -> None:
+    """Several processes are of use to methods whose values they can share."""
+    from editunlearn.hparams import EditorHParams
+    from editunlearn.lm.processes import launched
+
+    if launched().world > 1 and not isinstance(hp, EditorHParams):
+        raise InputError(
+            f"--hparams: {hp.method} finds no values of single facts that {launched().world} processes could share. "
+            "Start one process; with --device-map auto it takes all GPUs."
+        )
+
+
 def _check_past(past: PastKeys, config: Any, path: Path) -> None:
     """Past keys are of this model: its modules, as wide as its keys."""
     from editunlearn.lm.sources import meta_model
@@ -307,17 +322,32 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace, made: Plan, console: Console, command: str) -> None:
-    """Load, forget, save, show; ``command`` goes to the model card."""
+    """Load, forget, save, show; ``command`` goes to the model card. Of several processes the first saves and shows."""
     from editunlearn import reporting
-    from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.pipeline import Stages, forget
+    from editunlearn.lm.processes import joined
+    from editunlearn.pipeline import Stages
 
     stages = Stages()
-    with stages.timed("load"):
-        lm = load_model(args)
+    with joined() as here:
+        with stages.timed("load"):
+            lm = load_model(args)
+            lm.among = here
+        outcome = _forget(args, made, lm, console)
+    if not here.first:
+        return
+    stages.seconds.update(outcome.stages.seconds)
+    with stages.timed("save"):
+        reporting.write(outcome, lm, made, stages, command, console, store_facts=args.store_facts)
+    reporting.show(console, outcome, made, stages)
+
+
+def _forget(args: argparse.Namespace, made: Plan, lm: LM, console: Console) -> Outcome:
+    from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.pipeline import forget
+
     kind = str(lm.dtype).removeprefix("torch.")
     console.info(f"model: {lm.name}, {lm.layout.model_type}, {kind} ({lm.dtype_reason}), {lm.device}")
-    outcome = forget(
+    return forget(
         lm,
         made.given,
         made.hp,
@@ -333,10 +363,6 @@ def run(args: argparse.Namespace, made: Plan, console: Console, command: str) ->
         save_delta=False,
         console=console,
     )
-    stages.seconds.update(outcome.stages.seconds)
-    with stages.timed("save"):
-        reporting.write(outcome, lm, made, stages, command, console, store_facts=args.store_facts)
-    reporting.show(console, outcome, made, stages)
 
 
 if __name__ == "__main__":

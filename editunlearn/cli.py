@@ -100,8 +100,9 @@ def add_run_flags(p: argparse.ArgumentParser) -> None:
 def console_of(args: argparse.Namespace) -> Console:
     """The console that the flags ask for."""
     from editunlearn.console import Console
+    from editunlearn.lm.processes import launched
 
-    return Console(quiet=args.quiet, verbose=args.verbose, json=args.json)
+    return Console(quiet=args.quiet, verbose=args.verbose, json=args.json, silent=not launched().first)
 
 
 def load_settings(args: argparse.Namespace, config: Any, console: Console) -> MethodHParams:

@@ -32,13 +32,14 @@ class Console:
         quiet: only results, warnings and errors.
         verbose: 1 shows details, 2 shows details of details (per step).
         json: standard output is for ``result_json`` alone; tables go to standard error.
+        silent: nothing but errors: of several processes at one run only the first speaks.
 
     Attributes:
         warnings: every warning so far, for the manifest and the model card.
     """
 
-    def __init__(self, quiet: bool = False, verbose: int = 0, json: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, verbose: int = 0, json: bool = False, *, silent: bool = False) -> None:
+        self.quiet, self.silent = quiet or silent, silent
         self.verbose = verbose
         self.json = json
         self.warnings: list[str] = []
@@ -62,7 +63,8 @@ class Console:
     def warn(self, message: str) -> None:
         """Something the user should act on; shown even when quiet, and kept in ``warnings``."""
         self.warnings.append(message)
-        self._err(f"warning: {message}")
+        if not self.silent:
+            self._err(f"warning: {message}")
 
     def error(self, message: str) -> None:
         """Why the run ends; each line of the message is complete in itself."""
@@ -75,7 +77,8 @@ class Console:
 
     def result(self, text: str) -> None:
         """Text that is a result (a listing, a plan): standard output, or standard error with ``json``."""
-        _write(self._results, _clean(text))
+        if not self.silent:
+            _write(self._results, _clean(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table of results. Without a terminal it is plain and never cut or wrapped, one line a row.
@@ -88,6 +91,8 @@ class Console:
         Raises:
             ValueError: a row has another number of cells than there are columns.
         """
+        if self.silent:
+            return
         from rich.table import Table
         from rich.text import Text
 
@@ -114,7 +119,7 @@ class Console:
         Raises:
             NumericalError: a number is not finite; a missing number is ``null`` with a reason beside it.
         """
-        if not self.json:
+        if not self.json or self.silent:
             return
         _check_finite(obj, "")
         text = json_module.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)

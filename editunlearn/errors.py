@@ -40,6 +40,10 @@ class NumericalError(EditUnlearnError):
     """A number that is not finite, or a system that cannot be solved; nothing was written."""
 
 
+class HubError(EditUnlearnError):
+    """The Hugging Face hub cannot be reached, or refuses what it is asked for."""
+
+
 class GateError(EditUnlearnError):
     """Something that was required of the results is not so. The results are saved.
 

@@ -210,9 +210,13 @@ def _main(argv: Sequence[str]) -> None:
         console.info("Nothing was measured.")
         console.result_json({"suites": list(made.suites), "states": [state.label for state in made.states]})
         return
+    from editunlearn.lm.processes import joined
     from editunlearn.measuring import measure
 
-    found = measure(args, made, console)
+    with joined() as here:
+        found = measure(args, made, console, here)
+    if not here.first:
+        return
     _show(found, made, console)
     reference = {state.label for state in made.states if state.unknown}  # of it nothing is required
     judged = {suite: {k: v for k, v in by.items() if k not in reference} for suite, by in found.items()}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from editunlearn.cli import (
     Checks,
@@ -19,6 +21,7 @@ from editunlearn.cli import (
     load_model,
     parser,
     run_command,
+    shown_command,
     try_command,
 )
 from editunlearn.errors import InputError
@@ -28,9 +31,10 @@ if TYPE_CHECKING:
     from editunlearn.deltas.dense import DenseDelta
     from editunlearn.deltas.kinds import Delta
     from editunlearn.deltas.lowrank import LowRankDelta
-    from editunlearn.deltas.manifest import BaseModelRecord
+    from editunlearn.deltas.manifest import BaseManifest, BaseModelRecord
     from editunlearn.deltas.memory import MemoryDelta
     from editunlearn.editors.past import PastKeys
+    from editunlearn.hub import Push
 
 EXAMPLES = """\
   editunlearn export --delta runs/memit --to merged --out merged/            an ordinary model folder
@@ -38,7 +42,8 @@ EXAMPLES = """\
   editunlearn export --delta runs/wise --to standalone --out forgetful/    a memory's model, needs no editunlearn
   editunlearn export --delta runs/memit --without darrieux-1 --to delta --out smaller/
   editunlearn export --delta runs/a --compose runs/b --to delta --out both/
-  editunlearn export --delta runs/memit --revert --base merged/ --to merged --out restored/"""
+  editunlearn export --delta runs/memit --revert --base merged/ --to merged --out restored/
+  editunlearn export --delta runs/memit --to merged --out edited/ --push me/edited      also to the hub, private"""
 
 
 def flags() -> argparse.ArgumentParser:
@@ -55,6 +60,11 @@ def flags() -> argparse.ArgumentParser:
     p.add_argument("--revert", action="store_true", help="take the edit out of an edited model")
     p.add_argument("--max-rank", type=int, help="largest rank of the LoRA; more is cut off and reported (default: 512)")
     p.add_argument("--force", action="store_true", help="merge although the base differs from the one that was edited")
+    group = p.add_argument_group("hub")
+    group.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload --out to this repository of the Hugging Face hub"
+    )
+    group.add_argument("--public", action="store_true", help="everybody may read it (default: private)")
     add_model_flags(p, None, "the one that the delta was made on")
     add_run_flags(p)
     return p
@@ -67,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     args = flags().parse_args(argv)  # before anything heavy is imported
+    args.command = shown_command("export", argv)
     from editunlearn.deltas import standalone
     from editunlearn.deltas.files import load
     from editunlearn.deltas.kinds import compose, written
@@ -88,6 +99,8 @@ def _main(argv: Sequence[str]) -> None:
             what = "--revert" if args.revert else f"--to {args.to}"
             fits = standalone.check if what == "--to standalone" else partial(written, what=what)
             checks.run(lambda found=delta: fits(found))  # type: ignore[misc]
+    made = [found.manifest for _, found in held if found is not None]
+    push = checks.run(lambda: _push(args, made, console))
     checks.finish()
     assert delta is not None  # noqa: S101 - finish() raised otherwise
     for other in others:
@@ -102,15 +115,48 @@ def _main(argv: Sequence[str]) -> None:
     console.info(f"{args.delta}: {delta.manifest.method}, {size}")
     if args.dry_run:
         console.info(f"would write {args.to} to {args.out}. Nothing was written.")
-        console.result_json({"would_write": args.to, "out": str(args.out)})
+        told = {"would_write": args.to, "out": str(args.out)}
+        if push is not None:
+            console.info(f"would upload it to {push.repo}, {push.seen_by}. The hub was not asked.")
+            told |= {"would_push": push.repo, "seen_by": push.seen_by}
+        console.result_json(told)
         return
+    if push is not None:
+        push.check_there()
     if args.to == "delta":
         _delta(args, delta, console)
-        return
-    if args.to == "standalone":
+    elif args.to == "standalone":
         _standalone(args, standalone.check(delta), console)
-        return
-    {"merged": _merged, "lora": _lora}[args.to](args, written(delta, f"--to {args.to}"), console)
+    else:
+        {"merged": _merged, "lora": _lora}[args.to](args, written(delta, f"--to {args.to}"), console)
+    if push is not None:
+        console.result(f"uploaded ({push.seen_by}): {push.send(args.out, args.to)}")
+
+
+def _push(args: argparse.Namespace, made: Sequence[BaseManifest], console: Console) -> Push | None:
+    """The upload that the flags ask for, looked at without the network."""
+    from editunlearn.hub import Push
+
+    if args.push is None:
+        if args.public:
+            raise InputError("--public is for --push OWNER/NAME, which is not there.")
+        return None
+    push = Push(args.push, args.public)
+    for warning in push.check(args.to, made):
+        console.warn(warning)
+    return push
+
+
+def _card(args: argparse.Namespace, delta: Delta, *, whole: bool = True) -> str:
+    """The model card: with what was measured when the edit was made, if this is that very edit, ``whole``."""
+    from editunlearn.deltas.card import model_card
+
+    rows: Any = None
+    results = args.delta / "results.json"
+    if whole and results.is_file() and not (args.without or args.compose or args.revert):
+        with suppress(ValueError, AttributeError):  # a file that is not ours; a card does not fail for it
+            rows = json.loads(results.read_text(encoding="utf-8")).get("metrics")
+    return model_card(delta.manifest, rows, [args.command], kind=args.to)
 
 
 def _check_empty(out: Path, journal: str) -> None:
@@ -178,11 +224,10 @@ def _check_base(args: argparse.Namespace, made_on: BaseModelRecord) -> None:
 
 def _merged(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir, atomic_write_text
-    from editunlearn.deltas.card import model_card
     from editunlearn.deltas.gain import gain_warnings
     from editunlearn.deltas.merge import merge, merge_folder
 
-    card = model_card(delta.manifest, None, [], kind="merged")
+    card = _card(args, delta)
     if args.base:
         gains = merge_folder(args.base, delta, args.out, card=card, force=args.force)
     else:
@@ -216,13 +261,12 @@ def _standalone(args: argparse.Namespace, delta: MemoryDelta, console: Console) 
 
 def _lora(args: argparse.Namespace, delta: LowRankDelta | DenseDelta, console: Console) -> None:
     from editunlearn.artifacts import atomic_dir, atomic_write_text
-    from editunlearn.deltas.card import model_card
     from editunlearn.deltas.lora import RANKS, export_lora
 
     base = delta.manifest.base
     with atomic_dir(args.out) as folder:
         made = export_lora(delta, folder, base.name, revision=base.revision, max_rank=args.max_rank or RANKS[-1])
-        atomic_write_text(folder / "README.md", model_card(delta.manifest, None, [], kind="lora"))
+        atomic_write_text(folder / "README.md", _card(args, delta, whole=not made.discarded))
     for name, share in made.discarded.items():
         console.warn(f"{name}: {share:.2%} of the edit was cut off to rank {made.rank}")
     console.result(f"LoRA of rank {made.rank} in {args.out}; vLLM: {made.vllm_flags}")
@@ -245,7 +289,7 @@ def _past_keys(folders: Sequence[Path]) -> PastKeys:
 
 
 def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
-    from editunlearn.artifacts import atomic_dir
+    from editunlearn.artifacts import atomic_dir, atomic_write_text
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.memory import MemoryDelta
     from editunlearn.editors.earlier import Earlier
@@ -253,6 +297,7 @@ def _delta(args: argparse.Namespace, delta: Delta, console: Console) -> None:
     past = _past_keys([args.delta, *args.compose])
     with atomic_dir(args.out) as folder:
         Earlier(delta, past).save(folder)
+        atomic_write_text(folder / "README.md", _card(args, delta))
     console.result(f"delta with {delta.manifest.fact_count} facts in {args.out}")
     shape = {"rank": delta.rank} if isinstance(delta, LowRankDelta) else {"entries": delta.count}
     sites = len(delta.manifest.sites)

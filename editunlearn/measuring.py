@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from editunlearn.evaluation.suites import Part
     from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
+    from editunlearn.lm.processes import Processes
 
 
 Which = tuple[bool, bool]
 """Whether only half of the facts are asked, and whether facts that the model never knew are."""
 
 
-def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str, dict[str, Any]]:
-    """Measure every suite in every state: suite -> label -> what its results file holds."""
+def measure(args: argparse.Namespace, made: Plan, console: Console, among: Processes) -> dict[str, dict[str, Any]]:
+    """Measure every suite in every state: suite -> label -> what its results file holds.
+
+    Args:
+        among: processes that share the items; each gets all results.
+    """
     from editunlearn.deltas.files import check_base
     from editunlearn.evaluation import results
     from editunlearn.evaluation.running import Run
@@ -34,6 +39,7 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
     from editunlearn.lm.fingerprint import model_fingerprint
 
     lm = load_model(args)
+    lm.among = among
     for state in made.states:
         if state.delta is not None:
             check_base(state.delta, lm)
@@ -56,7 +62,7 @@ def measure(args: argparse.Namespace, made: Plan, console: Console) -> dict[str,
                 reference = made.references[name].measured if name in made.references else None
                 run = Run(place, about, reference, args.fresh, args.no_text and is_facts(name))
                 found[name][state.label] = run.measure(lm, file, asked[name][_which(state)], console)
-                if name.startswith("tofu"):
+                if name.startswith("tofu") and among.first:
                     _write_open_unlearning(place)
     return found
 

@@ -118,7 +118,11 @@ def forget(
     if hp.layers == "located":
         hp, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
         console.info(f"layers: {hp.layers} ({why})")
-    filled = with_targets(lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages)
+    filled = lm.among.by_first(
+        lambda: with_targets(
+            lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages
+        )
+    )
     again: list[Fact] = []
     if earlier is not None:
         facts = earlier.divide(facts)[0]
@@ -128,7 +132,7 @@ def forget(
     retain = _not_forgotten(retain, asked, console)
     kept = without(retain, asked, console)
     with stages.timed("known facts"):
-        general = general_facts(lm, asked, kept, cache, console)
+        general = lm.among.by_first(lambda: general_facts(lm, asked, kept, cache, console))
     heldout = general.heldout
     request = ForgetRequest(tuple(filled), tuple(kept), tuple(general.known), tuple(general.names), tuple(again))
     text = perplexity_text(lm)
@@ -139,7 +143,7 @@ def forget(
             before = _finite(scoring.measure(lm, asked, retain, heldout, text), lm, "before")
         _warn_unknown(asked, before, console)
     inputs = run_inputs(lm, request, hp, targets, past, earlier)
-    work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh)
+    work = Workspace(out / WORK if out is not None else None, inputs, fresh=fresh and lm.among.first)
     with stages.timed("edit"):
         delta, extended = methods.run(
             lm,
@@ -158,7 +162,7 @@ def forget(
             console.info("after: the same with the edit merged")
             after = _finite(scoring.measure(lm, asked, retain, heldout, text), lm, "after")
         _check_perplexity(before, after, hp.limits.perplexity)
-    if out is not None and save_delta:
+    if out is not None and save_delta and lm.among.first:
         make_room(out, delta)
         finish(out, delta, extended, asked if store_facts else None)
     return Outcome(delta, request, extended, before, after, stages)

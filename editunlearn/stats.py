@@ -74,10 +74,8 @@ def _main(argv: Sequence[str]) -> None:
     args = flags().parse_args(argv)  # before anything heavy is imported
     from editunlearn import estimate
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.lm.processes import launched
 
     console = console_of(args)
-    console.quiet = console.quiet or not launched().first  # of several processes one speaks
     checks = Checks()
     cache = args.cache_dir or default_cache_dir()
     config = checks.run(lambda: check_model(args))
@@ -102,15 +100,17 @@ def _main(argv: Sequence[str]) -> None:
         return
     from editunlearn import editors
     from editunlearn.editors import located, moments
-    from editunlearn.lm.processes import joined
+    from editunlearn.lm.processes import Processes, joined
 
     with joined() as here:
         lm = load_model(args)
+        lm.among = here
         if args.layers is None:
             found_layers, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
             layers = [int(layer) for layer in found_layers.layers] if why else layers
         sites = lm.layout.sites(layers)
-        measured = moments.get(lm, sites, hp.moments, cache, console, fresh=args.fresh, among=here)
+        measured = moments.get(lm, sites, hp.moments, cache, console, fresh=args.fresh)
+        lm.among = Processes()  # the rest is for the one that speaks
     if not here.first:
         return
     found = {name: one.moment for name, one in measured.items()}

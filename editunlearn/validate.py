@@ -97,7 +97,7 @@ def kind_of(path: str) -> str:
             return "hparams"
         return "results" if place.suffix == ".json" and _is_results(place) else "facts"
     shipped = [name.removesuffix(".yaml") for name in shipped_names("hparams")]
-    if path in shipped:
+    if path.removesuffix(".yaml") in shipped:
         return "hparams"
     if ":" in path or path.count("/") == 1 and not place.parent.is_dir():
         return "facts"  # a hub id, which the reader looks up

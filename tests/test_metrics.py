@@ -14,15 +14,14 @@ import pytest
 from editunlearn.evaluation.metrics import likelihood as tofu
 from editunlearn.evaluation.metrics import memorisation as mem
 from editunlearn.evaluation.metrics import text
-from editunlearn.evaluation.metrics.__main__ import MODULES, markdown
+from editunlearn.evaluation.metrics.glossary import MODULES
 from editunlearn.evaluation.metrics.intervals import estimate
 
 # --- the page
 
 
-def test_the_page_is_what_the_modules_say() -> None:
+def test_every_definition_is_on_the_page() -> None:
     page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert page == markdown(), "python -m editunlearn.evaluation.metrics > docs/metrics.md"
     for module in MODULES:
         for definition in module.DEFINITIONS:
             assert f"| `{definition.name}` |" in page

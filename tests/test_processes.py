@@ -1,4 +1,4 @@
-"""Statistics by two processes are those of one, launched by torchrun's variables or Slurm's."""
+"""Statistics, edits and evaluations by two processes are those of one, launched by torchrun's variables or Slurm's."""
 
 from __future__ import annotations
 
@@ -48,19 +48,13 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, SLURM])
-def test_two_processes_give_the_moments_of_one(
-    launcher: list[dict[str, str]], world: runs.World, tmp_path: Path
-) -> None:
-    flags = [*world.stats_flags(tmp_path / "one"), "--set", "moments.length=32", "--json"]
-    assert runs.call("stats", *flags).code == 0
-    flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+def launch(launcher: list[dict[str, str]], cwd: Path, *words: str) -> list[runs.Called]:
+    """The same command in two processes that know of each other."""
     port = free_port()
-    command = runs.argv("editunlearn.stats", *flags)
     working = [
         subprocess.Popen(
-            command,
-            cwd=tmp_path,
+            runs.argv(*words),
+            cwd=cwd,
             env={**runs.environment(), **place, "MASTER_PORT": port},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -69,8 +63,19 @@ def test_two_processes_give_the_moments_of_one(
         for place in launcher
     ]
     said = [process.communicate(timeout=300) for process in working]
-    assert [process.returncode for process in working] == [0, 0], said
-    assert len(json.loads(said[0][0])) == 1 and said[1][0] == ""  # one of them speaks
+    return [runs.Called(process.returncode, *text) for process, text in zip(working, said, strict=True)]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, SLURM])
+def test_two_processes_give_the_moments_of_one(
+    launcher: list[dict[str, str]], world: runs.World, tmp_path: Path
+) -> None:
+    flags = [*world.stats_flags(tmp_path / "one"), "--set", "moments.length=32", "--json"]
+    assert runs.call("stats", *flags).code == 0
+    flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
+    first, second = launch(launcher, tmp_path, "editunlearn.stats", *flags)
+    assert first.code == second.code == 0, first.err + second.err
+    assert len(json.loads(first.out)) == 1 and second.out == ""  # one of them speaks
     (alone,), (together,) = moments(tmp_path / "one"), moments(tmp_path / "two")
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
     assert not list((tmp_path / "two").rglob("partial.safetensors"))
@@ -80,13 +85,7 @@ def test_more_processes_than_batches(world: runs.World, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text(runs.TEXT.split("\n\n")[0], encoding="utf-8")
     flags = world.stats_flags(tmp_path / "cache", "--set", f"moments.text={short}", "--set", "moments.length=32")
-    port = free_port()
-    command = runs.argv("editunlearn.stats", *flags)
-    working = [
-        subprocess.Popen(command, cwd=tmp_path, env={**runs.environment(), **place, "MASTER_PORT": port})
-        for place in TORCHRUN
-    ]
-    assert [process.wait(timeout=300) for process in working] == [0, 0]
+    assert [one.code for one in launch(TORCHRUN, tmp_path, "editunlearn.stats", *flags)] == [0, 0]
     assert len(moments(tmp_path / "cache")) == 1
 
 
@@ -97,3 +96,88 @@ def test_what_the_launcher_says() -> None:
     assert launched({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == Processes()
     shares = [list(Processes(rank, 3).share(range(7))) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def factors(run: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(run / "delta.safetensors")
+    return {
+        name.removesuffix(".left"): left @ tensors[name.removesuffix("left") + "right"]
+        for name, left in tensors.items()
+        if name.endswith(".left")
+    }
+
+
+def near(one: object, other: object) -> None:
+    """Two JSON values, numbers up to rounding."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            near(one[key], other[key])
+    elif isinstance(one, list) and isinstance(other, list):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            near(mine, theirs)
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("method", ["memit", "alphaedit"])
+def test_two_processes_make_the_edit_of_one(method: str, world: runs.World, tmp_path: Path) -> None:
+    # one fact in a batch, so that each process has some
+    flags = [*world.flags(None), "--set", "batch_tokens=1", "--hparams", method, "--store-facts"]
+    alone = runs.call("apply", *flags, "--out", str(tmp_path / "one"))
+    assert alone.code == 0, alone.err
+    flags[flags.index("--cache-dir") + 1] = str(tmp_path / "cache")
+    first, second = launch(TORCHRUN, tmp_path, "editunlearn.apply", *flags, "--out", str(tmp_path / "two"))
+    assert first.code == second.code == 0, first.err + second.err
+    assert second.out == second.err == "" and "to forget" in first.out
+    assert runs.listing(tmp_path / "one") == runs.listing(tmp_path / "two")
+    mine, theirs = factors(tmp_path / "one"), factors(tmp_path / "two")
+    assert mine.keys() == theirs.keys()
+    for name, change in mine.items():
+        assert (theirs[name] - change).norm() <= 1e-3 * change.norm()
+    near(*(json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two")))
+
+
+def test_two_processes_measure_what_one_does(world: runs.World, tmp_path: Path) -> None:
+    edit = tmp_path / "edit"
+    assert runs.call("apply", *world.flags(edit, "--evaluate", "none")).code == 0
+    flags = [
+        "--delta",
+        str(edit),
+        "--base",
+        "--suite",
+        "facts:attacks",
+        "--cache-dir",
+        str(world.cache),
+        "--limit",
+        "3",
+    ]
+    flags += ["--facts", str(world.root / "facts.jsonl"), "--retain", str(world.root / "retain.jsonl"), "--json"]
+    alone = runs.call("evaluate", *flags, "--out", str(tmp_path / "one"))
+    assert alone.code == 0, alone.err
+    first, second = launch(TORCHRUN, tmp_path, "editunlearn.evaluate", *flags, "--out", str(tmp_path / "two"))
+    assert first.code == second.code == 0, first.err + second.err
+    assert second.out == second.err == ""
+    near(json.loads(alone.out), json.loads(first.out))
+    for place in sorted((tmp_path / "one").rglob("results.json")):
+        other = tmp_path / "two" / place.relative_to(tmp_path / "one")
+        near(*(json.loads(path.read_text())["parts"] for path in (place, other)))
+
+
+def test_what_goes_wrong_in_one_ends_all(world: runs.World, tmp_path: Path) -> None:
+    code = "from editunlearn.lm.processes import joined\nwith joined() as here:\n    "
+    (tmp_path / "fails.py").write_text(code + "here.each(lambda: 1 // (1 - here.rank))\n", encoding="utf-8")
+    both = launch(TORCHRUN, tmp_path, "fails")
+    assert [one.code for one in both] == [1, 1]
+    assert all("ZeroDivisionError" in one.err for one in both)  # the first one is told, and does not wait
+    trained = ["--hparams", "npo", "--model", str(world.model), "--facts", str(world.root / "facts.jsonl")]
+    both = launch(TORCHRUN, tmp_path, "editunlearn.apply", *trained, "--out", str(tmp_path / "y"))
+    assert [one.code for one in both] == [2, 2] and "Start one process" in both[0].err
+
+
+def test_shares_come_together_in_order() -> None:
+    assert Processes().together(list(range(5)), lambda share: [2 * i for i in share]) == [0, 2, 4, 6, 8]
+    assert Processes().by_first(lambda: 3) == 3 and Processes().each(lambda: 4) == [4]

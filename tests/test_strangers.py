@@ -1,53 +1,26 @@
-"""What somebody new meets first: lists, completion, the guide to adding an editor, the citation."""
+"""What somebody new meets first: lists, completion, help that is quick, the citation."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import runs
 import tiny
 import yaml
-from edits import nll, request
 
 import editunlearn
-from editunlearn import editors, methods
+from editunlearn import methods
 from editunlearn.__main__ import COMMANDS
-from editunlearn.hparams import load_hparams
 
-GUIDE = (runs.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-HEAVY = "torch transformers datasets pandas numpy scipy sklearn matplotlib peft rich tqdm pydantic tokenizers".split()
-
-
-def block(kind: str, number: int = 0) -> str:
-    """A code block of the guide's chapter about editors."""
-    chapter = GUIDE.partition("## Add an editor")[2].partition("\n## ")[0]
-    return re.findall(rf"```{kind}\n(.*?)```", chapter, re.DOTALL)[number]
-
-
-def test_the_editor_of_the_guide_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    code = block("python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    (tmp_path / "plain.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    name, place = re.findall(r'"([\w.]+)"', block("text"))
-    assert (name, place) == ("plain", "editunlearn.editors.plain")
-    monkeypatch.setattr(editors, "METHODS", MappingProxyType({**editors.METHODS, name: "plain"}))
-    settings = [f"moments.text={text}", "moments.length=32", "refine.text_length=16", "layers=[0, 1]", "limits.norm=10"]
-    hp = load_hparams(yaml.safe_load(block("yaml")), set=settings)
-    for kind in ("llama", "gpt2"):
-        lm, asked = tiny.lm(kind), request()
-        before = nll(lm, asked.facts)
-        delta = editors.fit(lm, asked, hp)
-        with delta.applied(lm):
-            assert nll(lm, asked.facts) < before - 0.01
-    monkeypatch.delitem(sys.modules, "plain")
+HEAVY = (
+    "torch transformers datasets pandas numpy scipy sklearn matplotlib peft rich tqdm pydantic tokenizers "
+    "safetensors huggingface_hub"
+).split()
 
 
 def test_lists() -> None:

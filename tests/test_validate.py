@@ -179,7 +179,7 @@ def test_sound_files_pass(world: runs.World, tmp_path: Path) -> None:
     planted = Planted(tmp_path, world)
     mine, _, model = planted.hparams()
     keep = str(world.root / "retain.jsonl")
-    flags = [mine, "memit", str(world.root / "facts.jsonl"), str(world.root / "edit"), model]
+    flags = [mine, "memit.yaml", str(world.root / "facts.jsonl"), str(world.root / "edit"), model]
     done = runs.call("validate", *flags, "--retain", keep, "--model", model, "--set", "moments.length=32",
                      "--set", "refine.text_length=32", "--set", "layers=[0]", "--json")  # fmt: skip
     assert done.code == 0, done.err

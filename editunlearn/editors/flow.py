@@ -96,7 +96,7 @@ class Flow:
         )
         sites = self.lm.layout.sites(layers)
         self.console.info(f"layers: {', '.join(map(str, layers))} ({why})")
-        texts = contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache)
+        texts = self.lm.among.by_first(lambda: contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache))
         rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp, self.hp.spellings)
         keep = keeping.facts(self.request, self.hp.retain.max_keys)
         second = self._moments(sites)  # of the model as it came, so that many small edits cost one measurement
@@ -108,6 +108,18 @@ class Flow:
         parts, self.parts = chunks.split(rows, self.hp.chunks)
         self.groups = self._merged(parts, sites[0])
         found = self._values(parts, keep, sites)
+        return self.lm.among.by_first(lambda: self._written(sites, rows, parts, keep, second, found))
+
+    def _written(
+        self,
+        sites: list[Site],
+        rows: ForgetRows,
+        parts: ForgetRows,
+        keep: list[Fact],
+        second: dict[str, SiteMoment],
+        found: Values,
+    ) -> Fit:
+        """Values turned into a change of weights; ``parts`` are the rows, or chunks of them."""
         factors, solved = self.solve(sites, parts, keep, second, found)
         if self.hp.refine is not None:
             factors = self._refine(factors, solved, rows, keep)
@@ -143,7 +155,7 @@ class Flow:
         return moments.pieces(self.lm, sites, self.hp.moments)
 
     def _values(self, rows: ForgetRows, keep: list[Fact], sites: list[Site]) -> Values:
-        kept = self.work.get("values")
+        kept = self.lm.among.by_first(lambda: self.work.get("values"))
         if kept is not None:
             self.console.info(f"values: {len(rows.targets)} from the interrupted run")
             return Values(**kept)
@@ -170,7 +182,7 @@ class Flow:
             parts = self.parts if self.hp.merge is None else chunks.whole(range(len(problems)))
             of_groups = chunks.in_turn(problems, parts, optimise)
         found = self.groups.values(of_groups)
-        self.work.put("values", vars(found))
+        self.lm.among.by_first(lambda: self.work.put("values", vars(found)))
         for store in stores:
             store.clear()
         hard = [f.id for f, loss in zip(self._owners(), found.loss.tolist(), strict=True) if loss > 2]

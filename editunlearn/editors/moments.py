@@ -17,7 +17,6 @@ from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.batching import by_length, chunks
 from editunlearn.lm.fingerprint import model_fingerprint
-from editunlearn.lm.processes import Processes
 from editunlearn.lm.windows import windows
 from editunlearn.numerics import solve
 from editunlearn.numerics.moments import SecondMoment
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from editunlearn.hparams import Moments
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
+    from editunlearn.lm.processes import Processes
 
 WINDOWS = 8
 """Whole windows in one forward pass; of shorter ones more."""
@@ -86,18 +86,16 @@ def get(
     console: Console,
     *,
     fresh: bool = False,
-    among: Processes | None = None,
 ) -> dict[str, SiteMoment]:
     """``C`` (d_in, d_in) float32 of each site: from the cache where it is there, the rest measured in one pass.
 
-    Args:
-        among: processes that share the text; each gets the whole result, and the first of a machine keeps it.
+    Processes (``lm.among``) share the text; each gets the whole result, and the first of a machine keeps it.
 
     Raises:
         InputError: the text has no tokens at all.
         NumericalError: a moment is not finite.
     """
-    windows_of_text, among = pieces(lm, sites, hp), among or Processes()
+    windows_of_text, among = pieces(lm, sites, hp), lm.among
     inputs = {
         "model": model_fingerprint(lm),
         "dtype": str(lm.dtype),

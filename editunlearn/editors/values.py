@@ -52,6 +52,8 @@ def optimise(
     or as published not). With ``scale="relative"`` Adam steps in units of the root mean square of the clean output,
     else in absolute units. The relative norm is limited to ``clamp``.
 
+    Processes (``lm.among``) share the batches, and each gets all values.
+
     Args:
         replacing: the outputs are replaced by clean output + change, at more tokens if it says so.
         tokens: padded tokens of one batch of facts.
@@ -61,7 +63,7 @@ def optimise(
         NumericalError: a loss that is not finite; names the problem's index.
     """
     store = store or Store(None)
-    results: dict[int, Values] = {}
+    results: dict[int, Values] = {}  # of this process's share
     first = min(map(lm.layout.layer_of, modules))
     way: Way = Tail if replacing is None or replacing.where == "last" else Upper
     why = resumable(lm, _telling(problems), first, way) if problems else ""
@@ -70,19 +72,25 @@ def optimise(
         warn(f"values: all tokens go through all blocks at every step, because {why}")
 
     def run(part: Sequence[int]) -> None:
-        found = store.get(part)
-        if found is None:
+        kept = store.get(part)
+        if kept is None:
             own = replacing.of(part) if replacing is not None else None
             start = None if why else (way, first)
-            found = _Together(lm, head, [problems[i] for i in part], modules, hparams, start, own).solve(part)
-            store.put(part, found)
+            kept = _Together(lm, head, [problems[i] for i in part], modules, hparams, start, own).solve(part)
+            store.put(part, kept)
         for k, i in enumerate(part):
-            results[i] = found.at(k)
+            results[i] = kept.at(k)
         progress(len(part))
 
     sizes = [max(len(r.ids) for r in p.rows + p.pinned) * (len(p.rows) + len(p.pinned)) for p in problems]
-    halving(by_length(sizes, tokens), run, warn)
-    return Values.of([results[i] for i in range(len(problems))])
+    batches = by_length(sizes, tokens)
+
+    def share() -> dict[int, Values]:
+        halving(lm.among.share(batches), run, warn)
+        return results
+
+    found = {i: values for part in lm.among.each(share) for i, values in part.items()}
+    return Values.of([found[i] for i in range(len(problems))])
 
 
 def _telling(problems: Sequence[Problem]) -> Row:

@@ -48,7 +48,7 @@ class Run:
         data = asked(parts)
         how = {part.name: results.asked_hash([[repr(part), self.no_text]]) for part in parts}
         groups = dict.fromkeys(probe.group for part in parts for probe in part.probes if probe.group)
-        done, seconds = self._kept(how)
+        done, seconds = lm.among.by_first(lambda: self._kept(how))
         missing = [part for part in parts if part.name not in done and part.probes]
         if missing:
             _check_finite(lm, missing[0])
@@ -58,9 +58,10 @@ class Run:
                 items = measure(lm, part, console, str(self.about["label"]))
                 seconds[part.name] = round(time.monotonic() - began, 3)
                 done[part.name] = _without_text(items, list(groups)) if self.no_text else items
-                self._save(Measured(done, data), {}, how, seconds, complete=False)
+                lm.among.by_first(lambda: self._save(Measured(done, data), {}, how, seconds, complete=False))
         measured = Measured({part.name: done[part.name] for part in parts}, data)
-        return self._save(measured, module.totals(measured, self.reference), how, seconds, complete=True)
+        totals = module.totals(measured, self.reference)
+        return lm.among.by_first(lambda: self._save(measured, totals, how, seconds, complete=True))
 
     def _kept(self, how: Mapping[str, str]) -> tuple[dict[str, Sequence[Item]], dict[str, float]]:
         """Parts that an earlier run with the same key left, and how long they took."""
@@ -122,13 +123,18 @@ def _check_finite(lm: LM, part: Part) -> None:
 
 
 def measure(lm: LM, part: Part, console: Console, label: str = "") -> list[Item]:
-    """One part.
+    """One part, its items shared by the processes of ``lm.among`` where that changes nothing.
 
     Raises:
         NumericalError: a value is not finite; the message names the layer where that begins.
     """
     with console.progress(part.looks, f"{label} {part.name}".strip()) as bar:
-        items = part.items(lm, bar.update)
+        if part.divisible:
+            items: list[Item] = lm.among.together(
+                part.probes, lambda share: replace(part, probes=list(share)).items(lm, bar.update)
+            )
+        else:
+            items = lm.among.by_first(lambda: part.items(lm, bar.update))
     for number, item in enumerate(items):
         bad = [name for name, value in item.values.items() if not math.isfinite(value)]
         if bad:

@@ -137,7 +137,7 @@ def asked(lm: LM, fact: Fact, *, prompt: str | None = None, prefix: str = "", qu
 def measure(
     lm: LM, facts: Sequence[Fact], retain: Sequence[Fact], heldout: Sequence[Fact], text: Sequence[Sequence[int]]
 ) -> Scores:
-    """Score a model as it is now.
+    """Score a model as it is now. Processes (``lm.among``) share the prompts, and each gets all scores.
 
     Args:
         facts: to forget, with targets.
@@ -158,10 +158,11 @@ def measure(
         beside,
     ]
     # decoded together: a step costs little more for a hundred prompts than for twenty
-    whole = ask(lm, [item for part in parts for item in part])
+    whole = lm.among.together([item for part in parts for item in part], lambda share: ask(lm, share))
     forget, distracted, paraphrases, questions, neighbors = _grouped(whole, list(map(len, parts)))
     kept = [[asked(lm, f) for f in group] for group in (retain, heldout)]
-    still = _grouped(ask(lm, kept[0] + kept[1], new_tokens=FEW_TOKENS), [len(retain), len(heldout)])
+    known = lm.among.together(kept[0] + kept[1], lambda share: ask(lm, share, new_tokens=FEW_TOKENS))
+    still = _grouped(known, [len(retain), len(heldout)])
     return Scores(
         forget=forget,
         distracted=distracted,

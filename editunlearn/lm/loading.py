@@ -15,6 +15,7 @@ from editunlearn.lm.chat import Chat
 from editunlearn.lm.converted import demo_folder, dtype_name, gguf_folder
 from editunlearn.lm.fingerprint import fingerprint, model_fingerprint
 from editunlearn.lm.layout import Layout, check_config, known_types, layout_of
+from editunlearn.lm.processes import Processes
 from editunlearn.lm.sources import (
     DEMO,
     ModelSize,
@@ -61,6 +62,7 @@ class LM:
         dtype_reason: why the weights are in this dtype, for the header of a command.
         device_reason: the same for the device.
         chat: how it is spoken to, when it has a chat template.
+        among: the processes that hold the same model and share the work on it.
     """
 
     model: PreTrainedModel
@@ -72,6 +74,7 @@ class LM:
     dtype_reason: str = ""
     device_reason: str = field(default="")
     chat: Chat = field(default_factory=Chat)
+    among: Processes = field(default_factory=Processes)
 
     @property
     def device(self) -> torch.device:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 PORTS = (29500, 1000)
 """Where the processes of a Slurm job meet: the first port, and how many of them; the job's number chooses."""
+PATIENCE = timedelta(days=2)
+"""How long a process waits for the others: the first one may train alone for hours."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,40 @@ class Processes:
         """All that any process names."""
         if self.world == 1:
             return set(mine)
+        return {one for of_process in self.each(lambda: list(mine)) for one in of_process}
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """What each process makes, by its number; all of them get all of it.
+
+        Raises:
+            Exception: what one of them raised, in all of them, so that none waits for ever.
+        """
+        if self.world == 1:
+            return [make()]
         from torch import distributed
 
+        try:
+            mine: tuple[Any, Exception | None] = (make(), None)
+        except Exception as error:
+            mine = (None, error)
         every: list[Any] = [None] * self.world
-        distributed.all_gather_object(every, list(mine))
-        return {one for of_process in every for one in of_process}
+        distributed.all_gather_object(every, mine)
+        for _, raised in every:
+            if raised is not None:
+                raise raised
+        return [made for made, _ in every]
+
+    def by_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes while the others wait; all of them get it."""
+        made: list[Any] = self.each(make if self.first else _nothing)
+        return made[0]  # type: ignore[no-any-return]
+
+    def together(self, items: Sequence[T], make: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
+        """What ``make`` finds for each of the items, parallel to them; each process looks at its share."""
+        found: list[Any] = [None] * len(items)
+        for rank, part in enumerate(self.each(lambda: list(make(self.share(items))))):
+            found[rank :: self.world] = part
+        return found
 
     def add(self, tensor: Any) -> Any:
         """The sum of a tensor over all processes, in place."""
@@ -53,6 +85,10 @@ class Processes:
 
             distributed.all_reduce(tensor)
         return tensor
+
+
+def _nothing() -> None:
+    return None
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Processes:
@@ -85,7 +121,11 @@ def joined() -> Iterator[Processes]:
     # Sums are exchanged as they lie: those of sites on a GPU through NCCL, others through gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(
-        backend, init_method=f"tcp://{address}:{port}", rank=here.rank, world_size=here.world
+        backend,
+        init_method=f"tcp://{address}:{port}",
+        rank=here.rank,
+        world_size=here.world,
+        timeout=PATIENCE,
     )
     try:
         yield here

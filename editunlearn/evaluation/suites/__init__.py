@@ -132,6 +132,11 @@ class Part:
         """The sum of what :meth:`prepare` reports."""
         return 0
 
+    @property
+    def divisible(self) -> bool:
+        """Whether an item comes out the same whichever others are looked at with it (samples depend on their batch)."""
+        return type(self).items is Part.items and not self.decoding.top_k
+
     def prepare(self, lm: LM, progress: Callable[[int], None]) -> None:
         """Look at the model before anything is applied to it."""
 

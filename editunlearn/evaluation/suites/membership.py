@@ -34,6 +34,11 @@ class Gradients(Part):
         """See :class:`Part`."""
         return len(self.probes)
 
+    @property
+    def divisible(self) -> bool:
+        """See :class:`Part`."""
+        return True
+
     def items(self, lm: LM, progress: Callable[[int], None]) -> list[Item]:
         """See :class:`Part`."""
         rows = [row_of(lm, p, p.answer) for p in self.probes]
