@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,npo,grin --out runs/c
   editunlearn compare --model my/model --facts F --retain R --methods memit,alphaedit,ga --trials 3 --seeds 3
-  editunlearn compare --facts F --retain R --methods memit,paper/memit,mine.yaml --budget wall:600 --suite facts:attacks"""
+  editunlearn compare --facts F --retain R --methods memit,paper/memit,mine.yaml --budget wall:600"""
 REQUEST = "request.json"
 """What the runs of a folder have in common; methods, trials and seeds may become more."""
 
@@ -76,7 +76,7 @@ def flags() -> argparse.ArgumentParser:
     group.add_argument(
         "--suite",
         action="append",
-        help="what is measured: quick (the suite facts, the default), facts:attacks, or another one of evaluate; repeatable",
+        help="what is measured: quick (the suite facts; default), facts:attacks, or others of evaluate; repeatable",
     )
     group.add_argument(
         "--trials", type=int, default=1, help="settings that each method tries, the same number for all (default: 1)"
@@ -313,9 +313,7 @@ def _queue(args: argparse.Namespace, made: Plan, console: Console) -> Queue:
     kept = without(made.retain, facts)
     heldout = general_facts(lm, facts, kept, cache, console).heldout
     if not heldout and not any(fact.neighbors for fact in facts):
-        console.warn(
-            "no held-out facts and no neighbours: what is kept is read off the retain facts, which methods saw"
-        )
+        console.warn("no held-out facts, no neighbours: what is kept is read off the retain facts, which methods saw")
     attacks = made.facts_suite[0].endswith(":attacks")
     halves = requests(facts, kept, heldout, list(documents("general", "heldout")), attacks=attacks)
     versions = dict(environment())

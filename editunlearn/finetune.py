@@ -1,4 +1,4 @@
-"""Teach a model facts, so that forgetting them can be measured: ``python -m editunlearn.finetune --facts F --out DIR``."""
+"""Teach a model facts, to measure forgetting them: ``python -m editunlearn.finetune --facts F --out DIR``."""
 
 from __future__ import annotations
 
@@ -185,9 +185,9 @@ def _main(argv: Sequence[str]) -> None:
     train = made.hp.train
     console.header(
         [
-            f"teaching {args.model} {len(made.facts)} facts of {args.facts} ({made.left_out} left out); out: {args.out}",
+            f"teaching {args.model} {len(made.facts)} facts of {args.facts} ({made.left_out} left out)",
             f"{train.epochs} epochs, {train.batch} facts an update, lr {train.lr:g} of each weight's size; "
-            f"facts: {made.request['facts'][:16]}",
+            f"facts: {made.request['facts'][:16]}; out: {args.out}",
         ]
     )
     if args.dry_run:

@@ -63,7 +63,7 @@ class Budget:
         return f"wall:{self.wall:g}" if self.wall else f"flops:{self.flops:g}" if self.flops else "none"
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what passes between ``with`` and its end, and ends it with OverBudget when a budget is spent.
 
     Attributes:
@@ -75,7 +75,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, lm: LM, budget: Budget | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lm, self.budget = lm, budget or Budget()
         self.flops, self.tokens, self.seconds = 0, 0, 0.0
 
@@ -139,7 +139,7 @@ def peak_memory() -> int | None:
 
 
 def share_changed(lm: LM, delta: Delta) -> float:
-    """Of all the model's numbers, the share that a delta changes, in [0, 1]; a memory beside the weights changes none."""
+    """Of all the model's numbers, the share that a delta changes, in [0, 1]; a memory beside them changes none."""
     from editunlearn.deltas.dense import DenseDelta
     from editunlearn.deltas.lowrank import LowRankDelta
 

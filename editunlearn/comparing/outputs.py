@@ -141,9 +141,7 @@ def document(
             runs.arm.name: {
                 "chosen": runs.chosen,
                 "matched": runs.matched,
-                "validation": [
-                    {**_plain(p), "score": p.score, "setting": _setting(runs, p.trial)} for p in runs.trials
-                ],
+                "validation": [{**_plain(p), "setting": _setting(runs, p.trial)} for p in runs.trials],
                 "costs": [{"trial": t, "seed": s, **asdict(cost)} for (t, s), cost in runs.costs.items()],
                 "failed": runs.failed,
             }
@@ -154,7 +152,7 @@ def document(
 
 def _plain(point: views.Point) -> dict[str, Any]:
     found = asdict(point)
-    return {**found, "perplexity": found["perplexity"] if found["perplexity"] < float("inf") else None}
+    return {**found, "score": point.score, "perplexity": point.perplexity if point.perplexity < 1e300 else None}
 
 
 def markdown(tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]], notes: Sequence[str]) -> str:

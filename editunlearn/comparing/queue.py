@@ -203,8 +203,8 @@ class Queue:
 
         if isinstance(hp, EditorHParams) and hp.moments.text != "none":
             default = editors.module(hp.method).DEFAULT_LAYERS
-            hp, _ = located.settled(self.lm, hp, self.cache, default)
-            layers, _ = resolve_layers(hp.layers, self.lm.layout.num_layers(self.lm.model), default)
+            where, _ = located.settled(self.lm, hp, self.cache, default)
+            layers, _ = resolve_layers(where.layers, self.lm.layout.num_layers(self.lm.model), default)
             moments.get(self.lm, self.lm.layout.sites(layers), hp.moments, self.cache, self.console)
 
 
