@@ -128,11 +128,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
             checks.problems.append(f"{flag} {value}: at least 1.")
     if not 0 <= args.match <= 1:
         checks.problems.append(f"--match {args.match:g}: a rate of leaks, from 0 to 1.")
-    given = (
-        checks.run(lambda: _load(args, args.facts, console, limit=args.limit))
-        if not args.limit or args.limit > 0
-        else None
-    )
+    limit = None if args.limit is None else max(1, args.limit)  # a bad one has been said
+    given = checks.run(lambda: _load(args, args.facts, console, limit=limit))
     retain = checks.run(lambda: _load(args, args.retain, console, keep=True)) or []
     pool = [*(given or []), *retain] if args.targets == "random" else None
     facts = checks.run(lambda: fill_targets(given or [], args.targets, seed=0, pool=pool)) or []
@@ -318,7 +315,7 @@ def _queue(args: argparse.Namespace, made: Plan, console: Console) -> Queue:
     halves = requests(facts, kept, heldout, list(documents("general", "heldout")), attacks=attacks)
     versions = dict(environment())
     inputs = {
-        "version": __version__,
+        "editunlearn": __version__,
         "weights": model_fingerprint(lm),
         "tokenizer": tokenizer_hash(lm),
         "dtype": str(lm.dtype).removeprefix("torch."),

@@ -125,7 +125,9 @@ class Queue:
                     failed[_name(trial, seed)] = record["reason"]
                 done()
         for number in range(len(arm.trials)):
-            if number not in shown:  # its numbers stay; a dense change is as large as the model
+            if (
+                number not in shown and _name(number, 0) not in failed
+            ):  # its numbers stay; a dense change is as large as the model
                 _forget_delta(self.folder(arm, number, 0))
         return found
 
@@ -164,7 +166,8 @@ class Queue:
         except (NumericalError, OverBudget, InputError, RuntimeError, MemoryError) as error:
             record["reason"] = _reason(error)
             self.console.warn(f"{arm.name}, {_name(trial, seed)} failed: {record['reason']}")
-            _forget_delta(folder)
+            if isinstance(error, OverBudget):
+                _forget_delta(folder)  # of one that diverged, the last good state may be looked at
         atomic_write_json(folder / RECORD, record)
         return record
 
