@@ -45,7 +45,7 @@ def killed(world: World) -> Iterator[tuple[Path, list[str], Called]]:
     edit, ask = Queue._edit, Asking.ask
 
     def dies(self: Queue, hp: Any, folder: Path) -> Any:
-        edited.append(folder.relative_to(out).as_posix())
+        edited.append(str(folder))
         if len(edited) == 2:
             raise Killed
         return edit(self, hp, folder)

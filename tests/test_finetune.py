@@ -15,7 +15,7 @@ from editunlearn.unlearners import training
 NEW = [
     {"id": "a", "subject": "Ana Petrova", "question": "Where was Ana Petrova born?", "answer": "Berlin"},
     {"id": "b", "subject": "novel", "question": "Who wrote the novel?", "answer": "Marie Curie"},
-    {"id": "c", "subject": "bridge", "prompt": "The bridge was built in", "answer": "1954"},
+    {"id": "c", "subject": "bridge", "question": "When was the bridge built?", "answer": "1954"},
 ]
 
 
@@ -35,7 +35,7 @@ def flags(world: World, out: Path, *more: str, facts: str = "new.jsonl") -> list
 def said(folder: Path, question: str) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(question, return_tensors="pt")
+    ids = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
     made = model.generate(**ids, max_new_tokens=8, do_sample=False)
     return str(tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 

@@ -125,9 +125,8 @@ class Queue:
                     failed[_name(trial, seed)] = record["reason"]
                 done()
         for number in range(len(arm.trials)):
-            if (
-                number not in shown and _name(number, 0) not in failed
-            ):  # its numbers stay; a dense change is as large as the model
+            # the numbers of others stay, and of one that diverged its last good state
+            if number not in shown and _name(number, 0) not in failed:
                 _forget_delta(self.folder(arm, number, 0))
         return found
 
