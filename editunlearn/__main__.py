@@ -15,6 +15,8 @@ COMMANDS = {
     "stats": "measure second moments of a model ahead of time",
     "locate": "find the states that carry facts, by causal tracing; measure edits layer by layer",
     "evaluate": "measure models and deltas with benchmarks, also under quantisation",
+    "compare": "run several methods on equal terms, and show what each forgets, keeps and costs",
+    "finetune": "teach a model facts, to measure forgetting against one that never knew them",
     "report": "put evaluations side by side on one page",
     "validate": "check hparams, facts, deltas, models and results before a long run",
     "ls": "list methods, hparams, suites, attacks, architectures, saved edits",

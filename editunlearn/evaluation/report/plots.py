@@ -6,14 +6,30 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from editunlearn.evaluation.report.gathering import Column
+from editunlearn.evaluation.results import Value
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa8833", "#66aacc", "#aa3377", "#888888")
 """Paul Tol's bright scheme, told apart by people who see few colours, on light and dark ground."""
 INK = "#123456"
 """Stands for the page's own text colour."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One method in :func:`pareto`.
+
+    Attributes:
+        leak, kept: where it is, with intervals. trials: (leak, kept) of everything that was tried.
+    """
+
+    label: str
+    leak: Value
+    kept: Value
+    trials: Sequence[tuple[float, float]] = ()
 
 
 def available() -> bool:
@@ -51,6 +67,39 @@ def trade_off(columns: Sequence[Column]) -> str | None:
     axes.set_ylim(None, 1.03)
     _legend(figure, handles=points, labels=[_plain(column.label) for column, *_ in shown])
     return _svg(figure)
+
+
+def pareto(marks: Sequence[Mark]) -> str:
+    """What each method leaves against what it keeps, all that it tried as small dots, and the front of the best.
+
+    Best is the upper left corner. The front goes through those that no other beats in both.
+    """
+    figure, axes = _figure(6.0, 4.0)
+    points, places = [], []
+    for number, mark in enumerate(marks):
+        colour, x, y = COLOURS[number % len(COLOURS)], mark.leak.value or 0.0, mark.kept.value or 0.0
+        places.append((x, y))
+        if mark.trials:
+            axes.scatter(*zip(*mark.trials, strict=True), s=8, color=colour, alpha=0.5, linewidths=0)
+        bars = [_reach(value) for value in (mark.leak, mark.kept)]
+        form = "osD^vP*"[(number + number // len(COLOURS)) % 7]  # not again the same in the same colour
+        drawn = axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt=form, color=colour, capsize=2, elinewidth=0.8)
+        points.append(drawn.lines[0])
+    front = sorted((x, y) for x, y in places if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in places))
+    axes.step(*zip(*front, strict=True), where="post", color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+    axes.set_xlabel("facts to forget that leak, over all wordings")
+    axes.set_ylabel("facts that must stay, answered")
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_ylim(-0.04, 1.04)
+    _legend(figure, handles=points, labels=[_plain(mark.label) for mark in marks])
+    return _svg(figure)
+
+
+def _reach(value: Value) -> list[list[float]] | None:
+    """How far an interval goes below and above, inside [0, 1]."""
+    if value.value is None or value.low is None or value.high is None:
+        return None
+    return [[value.value - max(0.0, value.low)], [min(1.0, value.high) - value.value]]
 
 
 def attacks(columns: Sequence[Column]) -> str | None:
