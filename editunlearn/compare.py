@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,npo,grin --out runs/c
-  editunlearn compare --model my/model --facts F --retain R --methods memit,alphaedit,ga --trials 3 --seeds 3
-  editunlearn compare --facts F --retain R --methods memit,paper/memit,mine.yaml --budget wall:600"""
+  editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,alphaedit,ga --trials 3 --seeds 3
+  editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,mine.yaml --budget wall:600"""
 REQUEST = "request.json"
 """What the runs of a folder have in common; methods, trials and seeds may become more."""
 

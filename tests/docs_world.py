@@ -24,7 +24,7 @@ import tiny
 DOCS = sorted(runs.ROOT.glob("docs/**/*.md"))
 PAGES = [runs.ROOT / "README.md", runs.ROOT / "CONTRIBUTING.md", *DOCS]
 MODELS = (
-    "my/model my/chat-model my/tofu-llama me/tofu-llama big/model base merged Qwen/Qwen3-0.6B".split()
+    "my/model my/chat-model my/tofu-llama me/tofu-llama big/model base merged runs/taught Qwen/Qwen3-0.6B".split()
 )  # what the pages call a user's model
 PROGRAMS = "editunlearn python pip pytest ruff mypy lint-imports mkdocs torchrun srun vllm hf".split()
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
@@ -111,6 +111,7 @@ def build(root: Path) -> runs.World:
     runs.write_lines(root / "more.jsonl", [{**more, "subject": "Ana Petrova"}])
     unknown = [(f"u{i}", f"The author of the novel number {i} lives in", "Berlin") for i in range(4)]
     runs.write_lines(root / "unknown.jsonl", [{"id": i, "prompt": p, "answer": a} for i, p, a in unknown])
+    (root / "mine.yaml").write_text("method: memit\n", encoding="utf-8")
     (root / "mine.csv").write_text("prompt,answer\nThe capital of France is,Paris\n", encoding="utf-8")
     for name in ("text.txt", "wiki.txt"):
         (root / name).write_text(runs.TEXT, encoding="utf-8")
@@ -135,6 +136,8 @@ def _benchmarks(root: Path) -> None:
         asked = [{"question": q, "answer": a} for q, a in benchmark_data.ASKED]
         (root / "TOFU" / f"forget{size}.json").write_text(json.dumps(asked))
     (root / "TOFU" / "forget01.json").write_text(json.dumps(asked))
+    others = [{"question": f"Who wrote novel number {i}?", "answer": f"Author {i}."} for i in range(3)]
+    (root / "TOFU" / "full.json").write_text(json.dumps(asked + others))
 
 
 def _runs(world: runs.World) -> None:
@@ -145,6 +148,10 @@ def _runs(world: runs.World) -> None:
         flags = world.flags(f"runs/{name}", *more, "--evaluate", "none", "--model", "my/model", settings=quick)
         done = runs.call("apply", *flags)
         assert done.code == 0, done.err
+    few = ["layers=[1]", "context_prefixes.count=1", "side.steps=5", "shards.size=1", "shards.per_memory=1", "keep=20"]
+    wise = ["--hparams", "wise", "--facts", "forget.jsonl", "--model", "my/model", "--evaluate", "none"]
+    done = runs.call("apply", *wise, "--out", "runs/wise", *(word for item in few for word in ("--set", item)))
+    assert done.code == 0, done.err
     for name in ("memit-2", "a", "alphaedit", "npo", "graddiff"):
         shutil.copytree("runs/memit", f"runs/{name}")
     shown = ["--facts", "forget.jsonl", "--limit", "1"]

@@ -136,7 +136,7 @@ def check_own(words: list[str], call: list[str]) -> None:
         flags += ["--model", "my/model"]
     if "--data-root" in known and "--data-root" not in flags:
         flags += ["--data-root", "benchmark_data"]
-    if command in ("report", "export"):  # the last one counts
+    if command in ("report", "export", "finetune"):  # the last one counts
         flags += ["--out", f"{command}-of-this"]
     done = runs.call(command, *flags)
     assert done.code == 0, f"{docs_world.plain(call)}\n{done.err}"
