@@ -20,6 +20,7 @@ from editunlearn.editors.refine import LEAST_ANSWER, Goals, refine, step_units
 from editunlearn.editors.value_types import Problem, Store, Values
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
+from editunlearn.lm.attention import short_rows
 from editunlearn.lm.hooks import frozen, low_rank_hook, on_output, stack
 from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
@@ -87,7 +88,7 @@ class Flow:
         """
         if not self.request.facts:
             raise InputError("there are no facts to forget.")
-        with frozen(self.lm.model):
+        with frozen(self.lm.model), short_rows(self.lm.device):
             return self._run()
 
     def _run(self) -> Fit:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from editunlearn.editors import contexts
 from editunlearn.errors import InputError
 from editunlearn.hparams import MemoryHParams
+from editunlearn.lm.attention import short_rows
 from editunlearn.lm.hooks import frozen
 from editunlearn.lm.layout import resolve_layers
 
@@ -77,7 +78,7 @@ def run(
     layers, why = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), method.DEFAULT_LAYERS)
     console.info(f"layer: {layers[0]} ({why})")
     site = lm.layout.site(layers[0])
-    with frozen(lm.model):
+    with frozen(lm.model), short_rows(lm.device):
         texts = contexts.prefixes(lm, hp.context_prefixes, cache)
         rows = contexts.forget_rows(lm, request.facts, texts, hp).targets
         stage = Stage(lm, hp, site, request.facts, rows, prompts_to_keep(lm, request, hp), work, console)

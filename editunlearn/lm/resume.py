@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from editunlearn.lm.beginnings import Beginnings
 from editunlearn.lm.head import before_head, hidden_of
 from editunlearn.lm.hooks import first_tensor, stack
 from editunlearn.lm.sequences import forward
@@ -82,29 +83,28 @@ class Tail:
     outputs: int
 
     @classmethod
-    def of(cls, lm: LM, rows: Sequence[Row], first: int) -> Tail:
-        """Run the rows once, all tokens through all blocks.
+    def of(cls, lm: LM, rows: Sequence[Row], first: int, *, share: bool = True) -> Tail:
+        """Run the rows once, all tokens through all blocks; what several begin with only once if ``share``.
 
         Raises:
             ValueError: these rows cannot be resumed: no token before the lookup token, or an attention window shorter
                 than the rows.
         """
-        before = max(row.lookup for row in rows)
+        begun = Beginnings.alone(len(rows))
+        if share:
+            begun = Beginnings.find([row.ids[: row.lookup + 1] for row in rows], lm.pad_id, lm.device)
+        earlier = [row.ids[start : row.lookup] for row, start in zip(rows, begun.lengths, strict=True)]
+        ids, mask = _left(earlier, lm.pad_id)
+        before = begun.width + ids.shape[1]
         if before == 0:
             raise ValueError("nothing stands before the subjects")
         later = [Row(row.ids[row.lookup :], 0, row.prompt_length - row.lookup) for row in rows]
         padded = batch(later, lm.pad_id, lm.device)
-        earlier = batch([Row(row.ids[: row.lookup], 0, 0) for row in rows if row.lookup], lm.pad_id, left=True)
-        ids = torch.full((len(rows), before), lm.pad_id)
-        mask = torch.zeros_like(ids)
-        filled = [i for i, row in enumerate(rows) if row.lookup]
-        ids[filled], mask[filled] = earlier.input_ids, earlier.attention_mask
-        mask = torch.cat([mask.to(lm.device), padded.attention_mask], 1)
+        mask = torch.cat([begun.mask(lm.device), mask.to(lm.device), padded.attention_mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = replace(padded, position_ids=positions[:, before:])
-        past, hidden, outputs = _run_once(
-            lm, torch.cat([ids.to(lm.device), padded.input_ids], 1), mask, positions, before, first
-        )
+        ids = torch.cat([ids.to(lm.device), padded.input_ids], 1)
+        past, hidden, outputs = _run_once(lm, ids, mask, positions, before, first, _begun(lm, begun))
         return cls(lm, first, padded, mask, past, hidden, outputs)
 
     def pick(self, rows: Sequence[int]) -> Tail:
@@ -175,9 +175,17 @@ class Upper:
 
 @contextmanager
 def _from(lm: LM, first: int, entering: Tensor, outputs: int) -> Iterator[None]:
-    """The blocks below ``first`` hand on what they get, and ``first`` gets ``entering``."""
+    """The blocks below ``first`` hand on what they get, and ``first`` gets ``entering``.
+
+    It comes as the output of the block before, where hooks can still change it.
+    """
     blocks = _blocks(lm)
-    with stack([_passing(block, outputs) for block in blocks[:first]]), _fed(blocks[first], entering):
+    if first == 0:
+        with _fed(blocks[0], entering):
+            yield
+        return
+    *below, last = blocks[:first]
+    with stack([_passing(block, outputs) for block in below]), _passing(last, outputs, entering):
         yield
 
 
@@ -200,16 +208,49 @@ def _entering(lm: LM, first: int, ids: Tensor, run: Callable[[], Any]) -> tuple[
 
 
 def _run_once(
-    lm: LM, ids: Tensor, mask: Tensor, positions: Tensor, before: int, first: int
+    lm: LM,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    before: int,
+    first: int,
+    begun: Sequence[tuple[Tensor, Tensor]],
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor, int]:
-    """Keys and values of the first ``before`` tokens, the later tokens' input of a block, and what blocks return."""
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    out, hidden, outputs = _entering(lm, first, ids, lambda: lm.model(**inputs, use_cache=True))
+    """Keys and values of the first ``before`` tokens, the later tokens' input of a block, and what blocks return.
+
+    ``mask`` and ``positions`` are of all tokens, ``ids`` without those that ``begun`` holds the keys and values of.
+    """
+    start = mask.shape[1] - ids.shape[1]
+    cache = _cache(lm, begun)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions[:, start:]}
+    out, hidden, outputs = _entering(lm, first, ids, lambda: lm.model(**inputs, past_key_values=cache, use_cache=True))
+    return _kept(out, mask.shape[1], before), hidden[:, before - start :].clone(), outputs
+
+
+def _kept(out: Any, length: int, before: int) -> list[tuple[Tensor, Tensor]]:
+    """For each block the keys and values of the first ``before`` tokens of a pass that had ``length``."""
     layers = out.past_key_values.layers
-    if any(layer.keys is None or layer.keys.shape[-2] != ids.shape[1] for layer in layers):
+    if any(layer.keys is None or layer.keys.shape[-2] != length for layer in layers):
         raise ValueError("its key-value cache does not hold all tokens of a row (a short attention window?)")
-    past = [(layer.keys[..., :before, :].clone(), layer.values[..., :before, :].clone()) for layer in layers]
-    return past, hidden[:, before:].clone(), outputs
+    return [(layer.keys[..., :before, :].clone(), layer.values[..., :before, :].clone()) for layer in layers]
+
+
+def _begun(lm: LM, begun: Beginnings) -> list[tuple[Tensor, Tensor]]:
+    """For each block the keys and values of each row's beginning; none if nothing is shared."""
+    if begun.padded is None:
+        return []
+    inputs = begun.padded.inputs
+    out, _, _ = _entering(lm, 0, inputs["input_ids"], lambda: lm.model(**inputs, use_cache=True))
+    past = _kept(out, begun.width, begun.width)
+    return [(k[begun.of.to(k.device)], v[begun.of.to(v.device)]) for k, v in past]
+
+
+def _left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids of rows that may be empty, padded on the left, and their attention mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
+    return ids.reshape(len(rows), width), mask.reshape(len(rows), width)
 
 
 def _cache(lm: LM, past: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -231,12 +272,12 @@ def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 @contextmanager
-def _passing(block: nn.Module, outputs: int) -> Iterator[None]:
-    """The block returns its hidden states as they came."""
+def _passing(block: nn.Module, outputs: int, instead: Tensor | None = None) -> Iterator[None]:
+    """The block returns its hidden states as they came, or others instead."""
     own = block.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        states = _states(args, kwargs)
+        states = _states(args, kwargs) if instead is None else instead
         return (states, *[None] * (outputs - 1)) if outputs else states
 
     block.__dict__["forward"] = forward

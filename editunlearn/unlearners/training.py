@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from editunlearn.errors import NumericalError
+from editunlearn.lm.attention import short_rows
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import frozen
 from editunlearn.lm.tokens import Row
@@ -107,7 +108,11 @@ class Training:
         """
         self._resume()
         start, why = self.done, "all epochs done"
-        with frozen(self.passes.lm.model), self.console.progress(self.total, "training (updates)") as bar:
+        with (
+            frozen(self.passes.lm.model),
+            short_rows(self.passes.lm.device),
+            self.console.progress(self.total, "training (updates)") as bar,
+        ):
             bar.update(start)
             step = 0
             for epoch in range(self.hp.train.epochs):
@@ -354,7 +359,7 @@ def gradients(
             found = loss(passes.view(pool, [numbers[i] for i in part])).sum() / len(numbers)
             trained.add(torch.autograd.grad(found, trained.leaves, allow_unused=True))
 
-    with frozen(passes.lm.model):
+    with frozen(passes.lm.model), short_rows(passes.lm.device):
         halving(by_length([len(rows[i].ids) for i in numbers], batch_tokens), run, warn)
     result = {}
     for name, value in trained.values.items():

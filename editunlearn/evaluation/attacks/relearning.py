@@ -16,6 +16,7 @@ from torch import Tensor
 from editunlearn.console import Console
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.evaluation.attacks.quantisation import linear_maps
+from editunlearn.lm.attention import short_rows
 from editunlearn.lm.head import Head, hidden_of
 from editunlearn.lm.hooks import frozen, on_output, stack
 from editunlearn.lm.sequences import forward
@@ -79,7 +80,7 @@ def relearned(lm: LM, rows: Sequence[Row], hp: Relearn, console: Console | None 
     changes = {name: _Change.of(read_weight(lm.model, name), hp.what, draw) for name in linear_maps(lm)}
     with stack([on_output(lm.layout.module(lm.model, name), change) for name, change in changes.items()]):
         bar = (console or Console(quiet=True)).progress(range(hp.steps), "relearning")
-        with frozen(lm.model), bar as steps:
+        with frozen(lm.model), short_rows(lm.device), bar as steps:
             losses = _train(lm, rows, hp, [p for change in changes.values() for p in change.factors], steps)
         with torch.no_grad():
             yield losses
