@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from editunlearn.editors import chunks, contexts, keeping, keys, lookalikes, merging, moments, spread, values
+from editunlearn.editors import chunks, contexts, keeping, keys, lookalikes, merging, moments, reading, spread, values
 from editunlearn.editors.closed_form import SiteProblem, made_anew
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.refine import LEAST_ANSWER, Goals, refine, step_units
@@ -207,12 +207,14 @@ class Flow:
         kept = self._kept_keys(sites, rows, keep, second)
         factors: dict[str, Pair] = {}
         solved: dict[str, SiteProblem] = {}
+        read = reading.reader(lm, rows.keys, sites, self.console.warn)
+        bare = range(0, len(rows.keys), len(rows.keys) // len(rows.targets))
         with self.console.progress(len(sites), "solves (layers)") as bar:
             for number, site in enumerate(sites):
                 with applied(lm, factors):
-                    raw = keys.collect(lm, rows.keys, [site], warn=self.console.warn)[site.name]
+                    raw = read.keys(site)
                     wanted = spread.residuals(
-                        lm, sites, number, [r[0] for r in rows.targets], found, self.hp.value.spread
+                        lm, sites, number, lambda names: read.outputs(bare, names), found, self.hp.value.spread
                     )
                     problem = self._problem(site, raw, wanted, second, kept)
                 left, right = self._solved(site, problem)

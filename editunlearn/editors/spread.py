@@ -7,7 +7,7 @@ an equal share of what is still missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
@@ -35,17 +35,25 @@ def value_modules(lm: LM, sites: Sequence[Site], spread: Spread) -> list[str]:
     return [s.name for s in sites] if spread == "joint" else [lm.layout.block_name(sites[-1].layer)]
 
 
-def residuals(lm: LM, sites: Sequence[Site], number: int, rows: Sequence[Row], found: Values, spread: Spread) -> Tensor:
+def residuals(
+    lm: LM,
+    sites: Sequence[Site],
+    number: int,
+    read: Callable[[Sequence[str]], dict[str, Tensor]],
+    found: Values,
+    spread: Spread,
+) -> Tensor:
     """Wanted change of the output of site ``number`` for each fact on the model as it computes now, (n, d_out) float32.
 
     Args:
-        rows: each fact's bare prompt (a target behind it does not matter).
+        read: (names of modules, the first being the last to run) -> their outputs at the lookup tokens of the bare
+            prompts, (n, width) each.
     """
     if spread == "joint":
         return found.change[:, number]
     block = lm.layout.block_name(sites[-1].layer)
     gate = lm.layout.gate_name(sites[number].layer)
-    now = outputs_at_lookup(lm, rows, [block, sites[number].name, *([gate] if gate else [])])
+    now = read([block, sites[number].name, *([gate] if gate else [])])
     missing = found.clean[:, 0] + found.change[:, 0] - now[block]
     share = missing / ((len(sites) - number) * lm.layout.scales_output)
     if gate is not None:

@@ -9,17 +9,16 @@ architecture is written down here; where a model does not fit this way, :func:`r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from editunlearn.lm.beginnings import Beginnings
+from editunlearn.lm.blocks import blocks_of, from_block, states_of
 from editunlearn.lm.head import before_head, hidden_of
-from editunlearn.lm.hooks import first_tensor, stack
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch
 
@@ -94,7 +93,7 @@ class Tail:
         if share:
             begun = Beginnings.find([row.ids[: row.lookup + 1] for row in rows], lm.pad_id, lm.device)
         earlier = [row.ids[start : row.lookup] for row, start in zip(rows, begun.lengths, strict=True)]
-        ids, mask = _left(earlier, lm.pad_id)
+        ids, mask = left_padded(earlier, lm.pad_id)
         before = begun.width + ids.shape[1]
         if before == 0:
             raise ValueError("nothing stands before the subjects")
@@ -118,9 +117,9 @@ class Tail:
             "input_ids": self.padded.input_ids,
             "attention_mask": self.mask,
             "position_ids": self.padded.position_ids,
-            "past_key_values": _cache(self.lm, self.past),
+            "past_key_values": started(self.lm, self.past),
         }
-        with _from(self.lm, self.first, self.entering, self.outputs):
+        with from_block(self.lm, self.first, self.entering, self.outputs):
             return hidden_of(self.lm, scored, lambda: self.lm.model(**inputs, use_cache=True))
 
 
@@ -169,24 +168,8 @@ class Upper:
 
     def hidden(self, scored: Tensor) -> Tensor:
         """See :class:`Pass`."""
-        with _from(self.lm, self.first, self.entering, self.outputs):
+        with from_block(self.lm, self.first, self.entering, self.outputs):
             return hidden_of(self.lm, scored, lambda: forward(self.lm.model, self.padded))
-
-
-@contextmanager
-def _from(lm: LM, first: int, entering: Tensor, outputs: int) -> Iterator[None]:
-    """The blocks below ``first`` hand on what they get, and ``first`` gets ``entering``.
-
-    It comes as the output of the block before, where hooks can still change it.
-    """
-    blocks = _blocks(lm)
-    if first == 0:
-        with _fed(blocks[0], entering):
-            yield
-        return
-    *below, last = blocks[:first]
-    with stack([_passing(block, outputs) for block in below]), _passing(last, outputs, entering):
-        yield
 
 
 @torch.no_grad()
@@ -195,8 +178,8 @@ def _entering(lm: LM, first: int, ids: Tensor, run: Callable[[], Any]) -> tuple[
     nothing = torch.zeros_like(ids, dtype=torch.bool)
     nothing[0, 0] = True
     seen: list[Any] = []
-    handle = _blocks(lm)[first].register_forward_hook(
-        lambda _module, args, kwargs, output: seen.append((_states(args, kwargs), output)), with_kwargs=True
+    handle = blocks_of(lm)[first].register_forward_hook(
+        lambda _module, args, kwargs, output: seen.append((states_of(args, kwargs), output)), with_kwargs=True
     )
     try:
         with before_head(lm.head, nothing):
@@ -221,7 +204,7 @@ def _run_once(
     ``mask`` and ``positions`` are of all tokens, ``ids`` without those that ``begun`` holds the keys and values of.
     """
     start = mask.shape[1] - ids.shape[1]
-    cache = _cache(lm, begun)
+    cache = started(lm, begun)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions[:, start:]}
     out, hidden, outputs = _entering(lm, first, ids, lambda: lm.model(**inputs, past_key_values=cache, use_cache=True))
     return _kept(out, mask.shape[1], before), hidden[:, before - start :].clone(), outputs
@@ -245,7 +228,7 @@ def _begun(lm: LM, begun: Beginnings) -> list[tuple[Tensor, Tensor]]:
     return [(k[begun.of.to(k.device)], v[begun.of.to(v.device)]) for k, v in past]
 
 
-def _left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids of rows that may be empty, padded on the left, and their attention mask."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
@@ -253,71 +236,21 @@ def _left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids.reshape(len(rows), width), mask.reshape(len(rows), width)
 
 
-def _cache(lm: LM, past: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """A fresh cache that begins with ``past``, which is left as it is."""
+def started(lm: LM, past: Sequence[tuple[Tensor, Tensor] | None]) -> Any:
+    """A fresh cache that begins with ``past``, which is left as it is.
+
+    Blocks without anything, which must not be run, get zeros: their length decides over the attention mask.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=lm.model.config)
-    for number, (keys, values) in enumerate(past):
+    there = next((pair for pair in past if pair is not None), None)
+    if there is None:
+        return cache
+    for number, pair in enumerate(past):
+        keys, values = pair if pair is not None else map(torch.zeros_like, there)
         cache.update(keys, values, number)
     return cache
-
-
-def _blocks(lm: LM) -> list[nn.Module]:
-    return [lm.layout.module(lm.model, lm.layout.block_name(i)) for i in range(lm.layout.num_layers(lm.model))]
-
-
-def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return first_tensor(args[0] if args else next(iter(kwargs.values())))
-
-
-@contextmanager
-def _passing(block: nn.Module, outputs: int, instead: Tensor | None = None) -> Iterator[None]:
-    """The block returns its hidden states as they came, or others instead."""
-    own = block.__dict__.get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        states = _states(args, kwargs) if instead is None else instead
-        return (states, *[None] * (outputs - 1)) if outputs else states
-
-    block.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del block.__dict__["forward"]
-        if own is not None:
-            block.__dict__["forward"] = own
-
-
-@contextmanager
-def _fed(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """The block gets ``hidden`` instead of what it is given."""
-
-    def feed(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): hidden}
-
-    handle = block.register_forward_pre_hook(feed, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def skipping(lm: LM, numbers: Sequence[int]) -> Iterator[None]:
-    """The blocks ``numbers`` hand on what they get."""
-    blocks, outputs = _blocks(lm), list[object]()
-    handle = blocks[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
-    try:
-        with torch.no_grad(), before_head(lm.head, torch.ones(1, 1, dtype=torch.bool)):
-            lm.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=lm.device), use_cache=False)
-    finally:
-        handle.remove()
-    count = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-    with stack([_passing(blocks[i], count) for i in numbers]):
-        yield
 
 
 @torch.no_grad()

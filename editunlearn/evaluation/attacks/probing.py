@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from editunlearn.lm.blocks import skipping
 from editunlearn.lm.head import Head
 from editunlearn.lm.likelihood import states_of
-from editunlearn.lm.resume import skipping
 from editunlearn.lm.tokens import Row
 from editunlearn.numerics.regression import ridge
 
