@@ -221,7 +221,7 @@ def test_the_whole_target_is_decoded(text: str) -> None:
 def test_an_interrupted_run_goes_on(tmp_path: Path, text: str, stop: int) -> None:
     lm, hp = tiny.lm(), settings("memit", text, "chunks.size=6", "batch_tokens=1")
     whole = editors.fit(lm, asked(), hp)
-    solve, calls = values._Together.solve, []
+    solve, calls = values.Together.solve, []
 
     def killed(self: Any, names: Sequence[int]) -> Any:
         calls.append(tuple(names))
@@ -230,7 +230,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, text: str, stop: int) -> Non
         return solve(self, names)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(values._Together, "solve", killed)
+        patch.setattr(values.Together, "solve", killed)
         with pytest.raises(Killed):
             editors.fit(lm, asked(), hp, work=Workspace(tmp_path, {"run": 1}))
         resumed = editors.fit(lm, asked(), hp, work=Workspace(tmp_path, {"run": 1}))

@@ -34,7 +34,7 @@ def test_resumed_values_equal_uninterrupted_ones(tmp_path: Path, text: str, kind
     lm = tiny.lm(kind)
     hp = settings("memit", text, "batch_tokens=1", f"value.spread={how}")
     whole = editors.fit(lm, request(), hp)
-    optimise, calls = values._Together.solve, []
+    optimise, calls = values.Together.solve, []
 
     def killed(self: Any, names: Sequence[int]) -> Any:
         calls.append(tuple(names))
@@ -43,7 +43,7 @@ def test_resumed_values_equal_uninterrupted_ones(tmp_path: Path, text: str, kind
         return optimise(self, names)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(values._Together, "solve", killed)
+        patch.setattr(values.Together, "solve", killed)
         with pytest.raises(Killed):
             editors.fit(lm, request(), hp, work=Workspace(tmp_path, {"run": 1}))
         resumed = editors.fit(lm, request(), hp, work=Workspace(tmp_path, {"run": 1}))

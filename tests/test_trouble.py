@@ -29,10 +29,10 @@ def _edit(world: World, out: Path, *more: str) -> Called:
 
 
 def test_out_of_memory_halves_the_batch(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from editunlearn.editors.values import _Together
+    from editunlearn.editors.values import Together
 
     assert _edit(world, tmp_path / "whole").code == 0
-    real, sizes = _Together.solve, []
+    real, sizes = Together.solve, []
 
     def scarce(self: Any, names: Any) -> Any:
         sizes.append(len(names))
@@ -40,7 +40,7 @@ def test_out_of_memory_halves_the_batch(world: World, tmp_path: Path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return real(self, names)
 
-    monkeypatch.setattr(_Together, "solve", scarce)
+    monkeypatch.setattr(Together, "solve", scarce)
     called = _edit(world, tmp_path / "halves")
     assert called.code == 0 and sizes == [2, 1, 1]
     assert "warning: out of memory with 2 at once; going on with 1" in called.err

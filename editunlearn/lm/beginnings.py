@@ -60,7 +60,7 @@ class Beginnings:
     """The distinct beginnings of some rows.
 
     Attributes:
-        padded: the beginnings, padded on the left; None when nothing is shared.
+        padded: the beginnings; None when nothing is shared.
         of: (rows,) number of each row's beginning; any for a row without one.
         lengths: of each row's beginning, 0 for none.
     """
@@ -83,7 +83,7 @@ class Beginnings:
             return cls.alone(len(rows))
         number = {ids: i for i, ids in enumerate(distinct)}
         of = torch.tensor([number.get(tuple(row[:n]), 0) for row, n in zip(rows, lengths, strict=True)])
-        padded = batch([Row(ids, 0, len(ids)) for ids in distinct], pad_id, device, left=True)
+        padded = batch([Row(ids, 0, len(ids)) for ids in distinct], pad_id, device)
         return cls(padded, of, lengths)
 
     @property

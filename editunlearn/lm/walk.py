@@ -19,8 +19,8 @@ from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.beginnings import Beginnings
 from editunlearn.lm.blocks import from_block, returned, states_of
 from editunlearn.lm.hooks import StopForward, on_input, on_output, stack
-from editunlearn.lm.resume import left_padded, started
-from editunlearn.lm.tokens import Row, until_lookup
+from editunlearn.lm.resume import started
+from editunlearn.lm.tokens import Row, batch, until_lookup
 
 if TYPE_CHECKING:
     from editunlearn.lm.layout import Site
@@ -79,8 +79,9 @@ class Walk:
         def run(part: Sequence[int]) -> None:
             def see(name: str, states: Tensor) -> None:
                 flat = states.reshape(len(part), -1, states.shape[-1])
-                # a copy, for what comes behind may change it in place
-                found[name] |= dict(zip(part, flat[:, -1].to(torch.float32, copy=True).cpu(), strict=True))
+                ends = torch.tensor([len(self.own[row]) - 1 for row in part], device=flat.device)
+                last = flat[torch.arange(len(part), device=flat.device), ends]
+                found[name] |= dict(zip(part, last.float().cpu(), strict=True))
                 if name == names[0]:
                     raise StopForward
 
@@ -89,7 +90,7 @@ class Walk:
             with stack(hooks), self._entered(until, entering):
                 self._pass(part, past)
             for row, states in zip(part, entering[0] if entering else (), strict=False):
-                entered[row] = states[-len(self.own[row]) :].clone()
+                entered[row] = states[: len(self.own[row])].clone()
 
         halving([[rows[i] for i in part] for part in by_length([len(self.own[r]) for r in rows])], run, self.warn)
         if until is not None:
@@ -100,14 +101,14 @@ class Walk:
     def _pass(self, part: Sequence[int], past: Sequence[Pair | None]) -> None:
         """Some rows from block ``at`` on, up to where a hook stops it."""
         device = self.lm.device
-        ids, mask = (t.to(device) for t in left_padded([self.own[row] for row in part], self.lm.pad_id))
+        own = batch([Row(self.own[row], 0, 1) for row in part], self.lm.pad_id, device)
         before = self.begun.width if past else 0
-        mask = torch.cat([self.begun.mask(device)[list(part), :before], mask], 1)
+        mask = torch.cat([self.begun.mask(device)[list(part), :before], own.attention_mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
-        states = pad_sequence([self.entering[r] for r in part], True, padding_side="left") if self.entering else None
+        states = pad_sequence([self.entering[r] for r in part], batch_first=True) if self.entering else None
         of = self.begun.of[list(part)]
         cache = started(self.lm, [None if kv is None else (kv[0][of], kv[1][of]) for kv in past]) if past else None
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {"input_ids": own.input_ids, "attention_mask": mask, "position_ids": positions}
         with self._from(states), suppress(StopForward):
             self.lm.model(**inputs, past_key_values=cache, use_cache=cache is not None)
 
