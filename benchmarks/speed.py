@@ -272,7 +272,7 @@ class Bench:
         )
         with tempfile.TemporaryDirectory() as folder:
             second = {
-                name: SiteMoment(moment, Workspace(Path(folder), {"site": name}))
+                name: SiteMoment(len(moment), Workspace(Path(folder), {"site": name}), moment)
                 for name, moment in self.second.items()
             }
 

@@ -54,6 +54,18 @@ class Workspace:
         except SafetensorError:
             return None
 
+    def holds(self, name: str) -> bool:
+        """Whether :meth:`get` would find something, seen without reading it."""
+        if self.folder is None or not (path := self.folder / f"{name}.safetensors").is_file():
+            return False
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt"):
+                return True
+        except SafetensorError:
+            return False
+
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors`` under ``name``, replacing what was there in one step."""
         if self.folder is None:

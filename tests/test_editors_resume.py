@@ -148,6 +148,24 @@ def test_second_moments_are_cached_under_all_their_inputs(
         get(hp=hp.model_copy(update={"text": str(moved)}))
 
 
+def test_moments_stay_on_the_disk(tmp_path: Path, text: str) -> None:
+    lm, hp, console = tiny.lm(), settings("memit", text).moments, Console(quiet=True)
+    sites = lm.layout.sites((0, 1))
+    for _ in range(2):  # measured, and found
+        for found in moments.get(lm, sites, hp, tmp_path / "cache", console).values():
+            assert found.held is None and found.moment.shape == (found.width, found.width)
+    beside = moments.get(lm, sites, hp, None, console)
+    assert all(m.held is not None and torch.equal(m.moment, m.held) for m in beside.values())
+    damaged, lost = moments.get(lm, sites, hp, tmp_path / "cache", console).values()
+    assert damaged.store.folder is not None and lost.store.folder is not None
+    (damaged.store.folder / "moment.safetensors").write_bytes(b"nothing")
+    again = moments.get(lm, sites, hp, tmp_path / "cache", console)
+    assert torch.equal(again[sites[0].name].moment, beside[sites[0].name].moment)
+    (lost.store.folder / "moment.safetensors").unlink()
+    with pytest.raises(InputError, match="was removed while it was needed"):
+        _ = lost.moment
+
+
 def test_an_interrupted_measurement_goes_on(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "WORK_PER_SAVING", 0.0)
     monkeypatch.setattr(moments, "WINDOWS", 2)

@@ -138,6 +138,28 @@ def test_alphaedit(seed: int, n: int, held: int, relative: bool) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("n", "ridge"), [(5, 1.0), (24, 0.1), (40, 1.0), (100, 0.3)])
+def test_many_keys(seed: int, n: int, ridge: float) -> None:
+    p = Random(seed, n)
+    ours, theirs = preserved(p, retain=True, past=True)
+    rows = solve.recognisers_of_many(p.keys, ours, ridge)
+    close(rows, solve.recognisers(p.keys, solve.factor(ours), ridge))
+    close(p.residuals.T @ rows, reference.emmet_update(theirs, p.keys.T, p.residuals.T, ridge), 1e-7)
+
+
+def test_many_keys_are_guarded_as_few_are() -> None:
+    p = Random(0, 40)
+    system = ours = solve.preservation(p.c, 1e-3)
+    condition = float(
+        torch.linalg.cond(torch.eye(40, dtype=torch.float64) + p.keys @ torch.linalg.inv(ours) @ p.keys.T)
+    )
+    solve.recognisers_of_many(p.keys, system, 1.0, condition)
+    with pytest.raises(ValueError, match="the condition number of the solve is at least") as error:
+        solve.recognisers_of_many(p.keys, system, 1.0, condition / 100)
+    assert float(str(error.value).split("at least ")[1].split(",")[0]) <= condition
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_memit_is_emmet_with_ridge_one(seed: int) -> None:
     p = Random(seed, 7)
     close(

@@ -57,20 +57,34 @@ def preserved(problem: SiteProblem, hp: EditorHParams) -> solve.Preserved:
 
     With many keys to keep the whole is factored; else the inverse of ``C`` serves every edit of this model.
     """
-    held = len(problem.retain) if hp.retain.weight > 0 else 0
-    rows = torch.cat([hp.retain.weight**0.5 * problem.retain[:held].double(), problem.past.double()])
+    rows = _rows_to_keep(problem, hp)
     if problem.moment is not None and len(rows) <= FEW * len(problem.moment):
         moment = problem.moment.double()
         found = problem.derived("inverse", lambda: {"inverse": solve.inverse(moment)})["inverse"]
         # an update of a nearly singular term would lose all digits
         if len(rows) == 0 or float(found.diagonal().max() * moment.diagonal().mean()) < STEADY:
             return solve.Inverse(found, hp.moments.weight, rows)
+    return solve.factor(_system(problem, hp))
+
+
+def _rows_to_keep(problem: SiteProblem, hp: EditorHParams) -> Tensor:
+    """Weighted keys of facts to keep and of earlier edits, float64."""
+    held = len(problem.retain) if hp.retain.weight > 0 else 0
+    return torch.cat([hp.retain.weight**0.5 * problem.retain[:held].double(), problem.past.double()])
+
+
+def _system(problem: SiteProblem, hp: EditorHParams) -> Tensor:
+    """What is preserved as one matrix, (d_in, d_in) float64."""
+    rows = _rows_to_keep(problem, hp)
     system = solve.preservation(problem.moment, hp.moments.weight, dim=problem.keys.shape[1])
-    return solve.factor(system + rows.T @ rows)
+    return system + rows.T @ rows
 
 
 def least_squares(problem: SiteProblem, hp: EditorHParams, ridge: float) -> tuple[Tensor, Tensor]:
     """MEMIT and EMMET: left (d_out, n) and right (n, d_in), float64, for the method's ``ridge``."""
+    if len(problem.keys) > problem.keys.shape[1] and ridge > 0:
+        rows = solve.recognisers_of_many(problem.keys, _system(problem, hp), ridge, hp.limits.condition)
+        return problem.residuals.double().T, rows
     rows = solve.recognisers(problem.keys, preserved(problem, hp), ridge, hp.limits.condition)
     return problem.residuals.double().T, rows
 

@@ -6,7 +6,7 @@ The model is only read. What a method adds is its ``solve`` alone.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +219,7 @@ class Flow:
                     problem = self._problem(site, raw, wanted, second, kept)
                 left, right = self._solved(site, problem)
                 factors[site.name] = (left.float().contiguous(), right.float().contiguous())
-                solved[site.name] = problem
+                solved[site.name] = replace(problem, moment=None)  # as large as a layer, and not needed again
                 bar.update(1)
         return factors, solved
 

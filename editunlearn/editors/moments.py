@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,10 +64,31 @@ def pieces(lm: LM, sites: Sequence[Site], hp: Moments) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class SiteMoment:
-    """``C`` of one site, and what is derived from it, kept beside it."""
+    """``C`` of one site, and what is derived from it, kept beside it.
 
-    moment: Tensor
+    Attributes:
+        width: d_in.
+        store: where they are kept.
+        held: ``C`` where it is not kept there.
+    """
+
+    width: int
     store: Workspace
+    held: Tensor | None = None
+
+    @property
+    def moment(self) -> Tensor:
+        """``C`` (d_in, d_in) float32, read anew each time: those of all layers of a large model are gigabytes.
+
+        Raises:
+            InputError: it is not there any more.
+        """
+        if self.held is not None:
+            return self.held
+        kept = self.store.get("moment")
+        if kept is None:
+            raise InputError(f"{self.store.folder} was removed while it was needed; run the command again.")
+        return kept["moment"]
 
     def derived(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that depend on ``C`` alone: from the cache, or made and kept."""
@@ -103,23 +124,25 @@ def get(
         "windows": hashlib.sha256(repr(windows_of_text).encode()).hexdigest(),
     }
     stores = {s.name: Workspace(_root(cache), {**inputs, "site": s.name}, fresh=fresh) for s in sites}
-    found = {name: kept["moment"] for name, store in stores.items() if (kept := store.get("moment"))}
+    widths = {s.name: int(lm.layout.read_weight(lm.model, s.name).shape[1]) for s in sites}
+    found = {name: SiteMoment(widths[name], store) for name, store in stores.items() if store.holds("moment")}
     lacking = among.union([s.name for s in sites if s.name not in found])  # processes may have caches of their own
     missing = [s for s in sites if s.name in lacking]
     if not missing:
         console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, windows_of_text)):,} tokens each")
-        return {name: SiteMoment(moment, stores[name]) for name, moment in found.items()}
+        return found
     share = {"share": [among.rank, among.world]} if among.world > 1 else {}
     partial = Workspace(_root(cache), {**inputs, **share, "sites": [s.name for s in missing]}, fresh=fresh)
-    for name, moment in _measure(lm, missing, windows_of_text, partial, console, among).items():
+    for name, moment in _measure(lm, missing, windows_of_text, partial, console, among):
         if not torch.isfinite(moment).all():
             partial.remove()
-            raise NumericalError(f"{lm.name}: the second moment of {name} is not finite; nothing was kept.")
-        if among.local_rank == 0:
+            raise NumericalError(f"{lm.name}: the second moment of {name} is not finite; nothing more was kept.")
+        kept = among.local_rank == 0 and stores[name].folder is not None
+        if kept:
             stores[name].put("moment", {"moment": moment})
-        found[name] = moment
+        found[name] = SiteMoment(widths[name], stores[name], None if kept else moment)
     partial.remove()
-    return {name: SiteMoment(moment, stores[name]) for name, moment in found.items()}
+    return {s.name: found[s.name] for s in sites}
 
 
 def _root(cache: Path | None) -> Path | None:
@@ -133,7 +156,8 @@ def _measure(
     partial: Workspace,
     console: Console,
     among: Processes,
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
+    """Names of sites and their ``C``, the sums of each given up before the next is looked at."""
     sums: dict[str, SecondMoment] = {}
     batches = among.share(_batches(pieces))
     done, saved, writing = 0, time.monotonic(), 0.0
@@ -153,7 +177,10 @@ def _measure(
                 partial.put("partial", {**state, **counts})
                 saved = time.monotonic()
                 writing = saved - began
-    return {site.name: _of_all(lm, site, sums, among).mean().float().cpu() for site in sites}
+    for site in sites:
+        whole = _of_all(lm, site, sums, among)
+        sums.pop(site.name, None)
+        yield site.name, whole.mean().float().cpu()
 
 
 def _of_all(lm: LM, site: Site, sums: dict[str, SecondMoment], among: Processes) -> SecondMoment:
@@ -183,7 +210,7 @@ def change_of_solve(half: Tensor, whole: Tensor, keys: Tensor, weight: float) ->
 
 def warn_if_few(moments: dict[str, SiteMoment], tokens: int, warn: Callable[[str], None]) -> None:
     """Say so when there are fewer tokens than dimensions: such a moment is singular, it preserves only what it saw."""
-    widest = max(len(m.moment) for m in moments.values())
+    widest = max(m.width for m in moments.values())
     if tokens < widest:
         warn(
             f"the second moment is of {tokens:,} tokens, fewer than its width {widest:,}, and preserves only what it "
