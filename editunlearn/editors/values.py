@@ -26,7 +26,7 @@ from editunlearn.numerics import losses
 from editunlearn.numerics.codebook import replaced
 
 if TYPE_CHECKING:
-    from editunlearn.hparams import Value
+    from editunlearn.hparams.pieces import OneValue
     from editunlearn.lm.loading import LM
 
 
@@ -37,7 +37,7 @@ def optimise(
     lm: LM,
     problems: Sequence[Problem],
     modules: Sequence[str],
-    hparams: Value,
+    hparams: OneValue,
     *,
     replacing: Replacing | None = None,
     tokens: int = 2048,
@@ -107,7 +107,7 @@ class _Together:
         head: Head,
         problems: Sequence[Problem],
         modules: Sequence[str],
-        hparams: Value,
+        hparams: OneValue,
         start: tuple[Way, int] | None,
         replacing: Replacing | None,
     ) -> None:
