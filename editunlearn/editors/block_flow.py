@@ -267,6 +267,4 @@ class Trainer:
         share = missing / (count * self.unit)
         self.console.info(f"block: {100 * max(0.0, 1 - share):.0f}% of the values are given")
         if share > 0.5:
-            self.console.warn(
-                "the block gives less than half of the values; try more train.steps, or a larger train.lr"
-            )
+            self.console.warn("the block gives less than half of the values; try more train.steps or a larger lr")
