@@ -11,6 +11,8 @@ import tiny
 import torch
 from delta_samples import assert_same, snapshot
 from edits import BLOCK, Killed, fact, nll, relative, request, settings
+from runs import FACTS, build, call
+from test_memory import forgetful
 
 from editunlearn import editors
 from editunlearn.console import Console
@@ -65,10 +67,8 @@ def test_loss_and_steps_are_the_papers(kind: str, tokens: int) -> None:
         parameter.requires_grad_(False)
     draw = torch.Generator().manual_seed(5)
     moves = [torch.randn(len(at), 32, generator=draw) for _, at in ROWS]
-    facts = [
-        block_flow.Lesson(Row(ids, at[-1], len(ids)), at, move, 0.4)
-        for (ids, at), move in zip(ROWS, moves, strict=True)
-    ]
+    goals = [(ids, at, move, 0.4) for (ids, at), move in zip(ROWS, moves, strict=True)]
+    facts = [block_flow.Lesson(Row(ids, at[-1], len(ids)), at, move, w) for ids, at, move, w in goals]
     kept = [block_flow.Lesson(Row(ids, 0, len(ids))) for ids in KEPT]
     name = lm.layout.block_name(1)
     trainer = block_flow.Trainer(lm, hp, name, facts, kept, Workspace(None, {}), Console(quiet=True))
@@ -76,7 +76,7 @@ def test_loss_and_steps_are_the_papers(kind: str, tokens: int) -> None:
     assert sum(len(piece.wanted) for piece in trainer.facts) == 15  # each token of each row, and no padding
     literal = reference_block.UnkeBlock(lm, name)
     both = literal.goals(goals), literal.goals([(ids, (), None, 1.0) for ids in KEPT])
-    assert trainer.loss() == pytest.approx(float(literal.loss(*both, 0.7, moves)), rel=1e-4)
+    assert trainer.loss() == pytest.approx(float(literal.loss(*both, 0.7, moves).detach()), rel=1e-4)
     for value in trainer.changes.values.values():
         value.grad = None
     ours = trainer.train()
@@ -89,16 +89,16 @@ def test_loss_and_steps_are_the_papers(kind: str, tokens: int) -> None:
 
 def test_it_forgets_and_the_block_gives_the_values() -> None:
     said: list[str] = []
-    lm = tiny.taught_lm([("The capital of Japan is", "Tokyo"), ("Marie Curie discovered", "radium")])
+    lm, asked = forgetful()
     console = Console(quiet=True)
     console.info = said.append  # type: ignore[method-assign]
-    delta = made(lm, "train.steps=60", forget=(0, 2), console=console)
-    asked = [fact(0), fact(2)]
-    plain = nll(lm, asked)
+    hp = settings("unke", "", "train.steps=60", "value={steps: 40, kl: 0, lr: 0.5}")
+    delta = editors.fit(lm, asked, hp, console=console)
+    plain = nll(lm, asked.facts)
     with delta.applied(lm):
-        assert nll(lm, asked) < 0.3 * plain
+        assert nll(lm, asked.facts) < 0.5 * plain
     given = next(text for text in said if text.startswith("block: ") and "values are given" in text)
-    assert int(given.split()[1].rstrip("%")) > 60
+    assert int(given.split()[1].rstrip("%")) > 50
 
 
 def test_chunks_are_written_in_one_row() -> None:
@@ -159,3 +159,24 @@ def test_what_it_has_no_use_for(text: str) -> None:
         editors.fit(lm, request((5,)), settings("memit", text), earlier=dense)
     with pytest.raises(InputError, match="one layer"):
         settings("unke", "", "layers=[0, 1]")
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    world = build(tmp_path / "world")
+    lines = (world.root / "facts.jsonl").read_text().splitlines()
+    assert len(lines) == len(FACTS) > 1
+    (tmp_path / "one.jsonl").write_text(lines[0] + "\n")
+    (tmp_path / "others.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    few = ["layers=[1]", "context_prefixes.count=0", "value.steps=3", "train.steps=3", "keep=10", "texts=1"]
+    flags = ["--hparams", "unke", "--model", str(world.model), "--cache-dir", str(world.cache)]
+    flags += [word for item in few for word in ("--set", item)]
+    first = [*flags, "--facts", str(tmp_path / "one.jsonl")]
+    planned = call("apply", *first, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert "the block, with the optimiser" in planned.out and "work: block" in planned.out
+    done = call("apply", *first, "--store-facts", "--evaluate", "none", "--out", str(tmp_path / "first"))
+    assert done.code == 0, done.err
+    more = [*flags, "--facts", str(tmp_path / "others.jsonl"), "--continue", str(tmp_path / "first")]
+    done = call("apply", *more, "--evaluate", "none", "--out", str(tmp_path / "both"))
+    assert done.code == 0, done.err
+    assert load(tmp_path / "both").manifest.fact_count == len(FACTS)
