@@ -19,7 +19,7 @@ from editunlearn.__main__ import COMMANDS
 from editunlearn.artifacts import atomic_write_text
 from editunlearn.evaluation.metrics import Definition
 from editunlearn.evaluation.metrics.glossary import MODULES
-from editunlearn.hparams import EditorHParams, MemoryHParams, UnlearnerHParams
+from editunlearn.hparams import BlockHParams, EditorHParams, MemoryHParams, UnlearnerHParams
 from editunlearn.hparams.check import allowed
 from editunlearn.resources import shipped_names, shipped_path
 
@@ -91,7 +91,12 @@ def _examples(p: argparse.ArgumentParser) -> list[str]:
 
 def hparams() -> str:
     """Every setting of every method: its key, its default, what is allowed and what it does."""
-    kinds = {"Editors": EditorHParams, "Memories": MemoryHParams, "Unlearners": UnlearnerHParams}
+    kinds = {
+        "Editors": EditorHParams,
+        "Memories": MemoryHParams,
+        "Blocks": BlockHParams,
+        "Unlearners": UnlearnerHParams,
+    }
     lines = [
         "# Settings",
         "",

@@ -276,7 +276,7 @@ def _dry_run(made: Plan, console: Console) -> None:
     for arm in made.arms:
         hp = arm.trials[0]
         found = estimate.target(made.config, hp)
-        work = estimate.work(estimate.cost(found.model), hp, made.facts, made.retain, found.depth, found.width)
+        work = estimate.work(estimate.cost(found.model), hp, made.facts, made.retain, found)
         once = ("general facts, once per model", "second moments, once per model", "measuring before and after")
         flops = sum(count for stage, count in work.items() if stage not in once)
         key = strength(hp)

@@ -52,19 +52,18 @@ def tokens_of(texts: Iterable[str]) -> int:
     return sum(len(text) // CHARACTERS + 1 for text in texts)
 
 
-def work(
-    cost: Cost, hp: MethodHParams, facts: Sequence[Fact], retain: Sequence[Fact], depth: float, width: int
-) -> dict[str, float]:
+def work(cost: Cost, hp: MethodHParams, facts: Sequence[Fact], retain: Sequence[Fact], at: Target) -> dict[str, float]:
     """Floating-point operations of each stage.
 
     Args:
-        depth: share of the blocks up to the last edited one.
-        width: of the widest site's input.
+        at: what would be edited.
     """
-    from editunlearn.hparams import EditorHParams, MemoryHParams, UnlearnerHParams
+    from editunlearn.hparams import BlockHParams, EditorHParams, MemoryHParams, UnlearnerHParams
     from editunlearn.hparams.methods import InContextHParams
+    from editunlearn.hparams.training import PASSAGE
     from editunlearn.unlearners import cost as unlearning
 
+    depth, width = at.depth, at.width
     general = load_facts(shipped_path("data", "general_facts.jsonl"))
     asked, kept = tokens_of(f.prompt for f in facts), tokens_of(f.prompt for f in retain)
     targets = tokens_of(f.target or "" for f in facts)
@@ -79,6 +78,10 @@ def work(
     elif isinstance(hp, MemoryHParams):
         stages["keys of prompts to keep"] = depth * cost(16 * hp.keep, 0)
         stages["training, at most"] = 2 * hp.training_steps * cost(rows, contexts * targets)
+    elif isinstance(hp, BlockHParams):
+        values = 2 * hp.value.steps * cost(rows, contexts * targets)
+        held = rows + 16 * hp.keep + PASSAGE * hp.texts
+        stages |= {"values, at most": values, "block": 3 * hp.train.steps * cost(held, 0) / at.blocks}
     elif isinstance(hp, EditorHParams):
         seen = min(1.0, (hp.value.contexts or contexts) / contexts)
         pinned = 3 * asked if hp.value.kl > 0 else 0
@@ -114,6 +117,7 @@ class Target:
         model: on the meta device.
         shapes: (out, in) of each site.
         depth: share of the blocks up to the last edited one.
+        blocks: that there are.
     """
 
     config: Any
@@ -123,6 +127,7 @@ class Target:
     sites: list[Site]
     shapes: list[tuple[int, int]]
     depth: float
+    blocks: int
 
     @property
     def width(self) -> int:
@@ -148,9 +153,9 @@ def target(config: Any, hp: MethodHParams, layers: Sequence[int] | None = None) 
         chosen = sorted({site.layer for site in sites})
     else:
         chosen, why = resolve_layers(layers or hp.layers, blocks, editors.module(hp.method).DEFAULT_LAYERS)
-        sites = layout.sites(chosen)
+        sites = editors.edited(model, layout, hp, chosen)
     shapes = [(int(out), int(width)) for out, width in (layout.read_weight(model, s.name).shape for s in sites)]
-    return Target(config, model, chosen, why, sites, shapes, (chosen[-1] + 1) / blocks)
+    return Target(config, model, chosen, why, sites, shapes, (chosen[-1] + 1) / blocks, blocks)
 
 
 def dtype_of(config: Any, asked: str) -> str:
@@ -208,7 +213,7 @@ def disk(hp: MethodHParams, facts: int, shapes: Sequence[tuple[int, int]]) -> in
         facts: or what else has a column of its own.
     """
     from editunlearn import editors
-    from editunlearn.hparams import MemoryHParams, UnlearnerHParams
+    from editunlearn.hparams import BlockHParams, MemoryHParams, UnlearnerHParams
 
     if isinstance(hp, UnlearnerHParams):
         from editunlearn.unlearners.cost import numbers
@@ -216,6 +221,8 @@ def disk(hp: MethodHParams, facts: int, shapes: Sequence[tuple[int, int]]) -> in
         return 4 * numbers(hp, shapes)
     if isinstance(hp, MemoryHParams):
         return int(editors.module(hp.method).size(hp, facts, shapes[0]))
+    if isinstance(hp, BlockHParams):
+        return sum(4 * out * width for out, width in shapes)
     return sum(4 * facts * (out + width) for out, width in shapes)
 
 
@@ -223,7 +230,7 @@ def memory(
     model: Any, hp: MethodHParams, dtype: str, shapes: Sequence[tuple[int, int]], facts: int
 ) -> dict[str, float]:
     """Bytes of what is large, and of all that is there at the same time."""
-    from editunlearn.hparams import EditorHParams, UnlearnerHParams
+    from editunlearn.hparams import BlockHParams, EditorHParams, UnlearnerHParams
     from editunlearn.lm.head import PIECE
 
     vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -232,6 +239,9 @@ def memory(
     if isinstance(hp, EditorHParams):
         second = 0.0 if hp.moments.text == "none" else float(sum(8 * i * i for _, i in shapes))
         beside = {"second moments": second, "one solve": 3.0 * 8 * widest * widest}
+    elif isinstance(hp, BlockHParams):
+        numbers = sum(out * width for out, width in shapes)
+        beside = {"the block, with the optimiser": float(numbers * (4 * 4 + BYTES.get(dtype, 4)))}
     elif isinstance(hp, UnlearnerHParams):
         from editunlearn.unlearners.cost import nbytes
 

@@ -94,7 +94,7 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     )
     dtype = estimate.dtype_of(made.config, args.dtype)
     memory = estimate.memory(found.model, made.hp, dtype, found.shapes, len(made.facts))
-    flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found.depth, found.width)
+    flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found)
     disk = estimate.disk(made.hp, estimate.columns(made.hp, made.facts), found.shapes)
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))
     console.result_json(

@@ -50,10 +50,23 @@ MEMORY: dict[str, dict[str, Any]] = {
 }
 
 
+BLOCK: dict[str, dict[str, Any]] = {
+    "unke": {
+        "layers": [1],
+        "context_prefixes": {"count": 1, "tokens": 5},
+        "value": {"steps": 12, "kl": 0.0},
+        "train": {"steps": 12, "lr": 0.03},
+        "keep": 40,
+        "texts": 2,
+        "limits": {"norm": 10.0},
+    },
+}
+
+
 def settings(method: str, text: str, *set_: str, layers: Sequence[int] = (0, 1)) -> Any:
     """Few steps, explicit layers, weights that suit a moment of a few hundred tokens."""
     if method not in CLOSED_FORM:
-        return load_hparams({"method": method, **MEMORY[method]}, set=list(set_))
+        return load_hparams({"method": method, **(MEMORY | BLOCK)[method]}, set=list(set_))
     source: dict[str, Any] = {
         "method": method,
         "layers": [layers[0]] if method in ("rome", "r_rome", "emmet") else list(layers),

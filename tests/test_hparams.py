@@ -248,14 +248,14 @@ def test_describe_names_every_setting_once() -> None:
 
 
 def test_registry() -> None:
-    assert editors.names() == ["rome", "r_rome", "memit", "emmet", "alphaedit", "grace", "wise"]
+    assert editors.names() == ["rome", "r_rome", "memit", "emmet", "alphaedit", "grace", "wise", "unke"]
     for method in editors.names():
         schema = editors.schema(method)
         assert issubclass(schema, MethodHParams) and schema().method == method  # type: ignore[call-arg]
         assert editors.module(method).HParams is schema
     with pytest.raises(InputError, match="unknown method 'r-rome'. Did you mean 'r_rome'"):
         editors.module("r-rome")
-    with pytest.raises(InputError, match="Methods: rome, r_rome, memit, emmet, alphaedit, grace, wise"):
+    with pytest.raises(InputError, match="Methods: rome, r_rome, memit, emmet, alphaedit, grace, wise, unke"):
         editors.schema("zzz")
 
 

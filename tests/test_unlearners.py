@@ -14,6 +14,7 @@ from unlearning import NAMES, lm, probability, same, settings
 
 from editunlearn import methods, unlearners
 from editunlearn.console import Console
+from editunlearn.deltas.changes import Changes
 from editunlearn.deltas.files import load, save
 from editunlearn.deltas.lowrank import LowRankDelta
 from editunlearn.errors import InputError, NumericalError, UnsupportedError
@@ -273,7 +274,7 @@ def test_in_bfloat16_what_is_trained_is_what_is_merged() -> None:
     """The model computes with the weights that a merge gives it; the change itself keeps what rounding drops."""
     model = lm(dtype=torch.bfloat16)
     names, _ = parameters.trained_modules(model.model, model.layout, settings("ga"))
-    trained = parameters.Changes(model, names)
+    trained = Changes(model, names)
     draw = torch.Generator().manual_seed(0)
     for value in trained.values.values():
         value += 0.003 * torch.randn(value.shape, generator=draw)
@@ -316,7 +317,7 @@ def test_the_price_of_what_is_kept_follows_its_loss() -> None:
         hp = settings("pdu", f"price={{start: 2.0, rate: 5.0, allowed: {allowed}, warmup: 1}}", "train.epochs=3")
         objective = hp.objective(model, ASKED)
         pools = {name: objective.pools[name]() for name in ("forget", "retain")}
-        trained = parameters.Changes(model, linear_maps(model.model, "model.layers"))
+        trained = Changes(model, linear_maps(model.model, "model.layers"))
         run = Training(
             Passes(model, trained, pools, 999), trained, objective.terms, hp, Workspace(None, {}), Console(quiet=True)
         )
@@ -335,7 +336,7 @@ def test_rmu_moves_states_of_its_block_and_trains_up_to_it() -> None:
     pools = {"forget": rows.forget(model, ASKED), "retain": rows.keep_facts(model, ASKED)}
     unit = rmu.mean_norm(model, pools["forget"].rows, 1)
     aim = rmu.steering(model, 0) * 2.0 * unit
-    passes = Passes(model, parameters.Changes(model, []), pools, 99)
+    passes = Passes(model, Changes(model, []), pools, 99)
     views = {name: passes.view(name, [0, 1, 2], 1).inside for name in pools}
     with delta.applied(model):
         now = {name: passes.view(name, [0, 1, 2], 1).inside for name in pools}
@@ -365,7 +366,7 @@ def test_wrong_labels() -> None:
     tokens = torch.cat(list(drawn.labels)).tolist()
     assert not set(tokens) & set(model.tokenizer.all_special_ids)
     assert all(a != b for a, b in zip(tokens, [t for r in true.rows for t in r.ids[r.prompt_length :]], strict=True))
-    view = Passes(model, parameters.Changes(model, []), {"wrong": second}, 99).view("wrong", [1, 0])
+    view = Passes(model, Changes(model, []), {"wrong": second}, 99).view("wrong", [1, 0])
     assert view.now.labels.tolist() == [*second.labels[1].tolist(), *second.labels[0].tolist()]
 
 

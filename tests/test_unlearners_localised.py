@@ -12,6 +12,7 @@ from unlearning import lm, probability, same, settings
 
 from editunlearn import methods
 from editunlearn.console import Console
+from editunlearn.deltas.changes import Changes
 from editunlearn.deltas.lowrank import Dense, Factors
 from editunlearn.errors import InputError
 from editunlearn.lm.weights import linear_maps
@@ -79,7 +80,7 @@ def test_the_control_is_of_equal_size_and_elsewhere() -> None:
 
 
 def gradient(model: Any, pool: rows.Pool) -> dict[str, torch.Tensor]:
-    trained = parameters.Changes(model, linear_maps(model.model, model.layout.blocks))
+    trained = Changes(model, linear_maps(model.model, model.layout.blocks))
     passes = Passes(model, trained, {"rows": pool}, 4096)
     return gradients(passes, trained, "rows", lambda view: losses.nll(view.now), 64, lambda _: None)
 
@@ -195,7 +196,7 @@ def test_fisher_information_is_of_single_rows() -> None:
     model = lm()
     names = ["model.layers.1.mlp.down_proj"]
     pool = rows.forget(model, ASKED)
-    found = probe.fisher(model, parameters.Changes(model, names), pool, settings("loku"))[names[0]]
+    found = probe.fisher(model, Changes(model, names), pool, settings("loku"))[names[0]]
     weight = model.model.get_submodule(names[0]).weight
     total, tokens = torch.zeros_like(weight), 0
     for row in pool.rows:

@@ -1,13 +1,14 @@
 """Registry of the editors: method name -> module, imported only when used.
 
 An editor is one file here with its schema and defaults: ``class HParams(EditorHParams)`` and ``solve`` for a change of
-weights, ``class HParams(MemoryHParams)`` and ``fit`` for a memory. It has one row in ``METHODS`` and one file
+weights, ``class HParams(MemoryHParams)`` and ``fit`` for a memory, ``class HParams(BlockHParams)`` for one that trains
+a block. It has one row in ``METHODS`` and one file
 ``hparams/<method>.yaml``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from editunlearn.editors.past import PastKeys
     from editunlearn.facts.records import ForgetRequest
     from editunlearn.hparams import MethodHParams
+    from editunlearn.lm.layout import Layout, Site
     from editunlearn.lm.loading import LM
     from editunlearn.workspace import Workspace
 
@@ -36,6 +38,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "alphaedit": "editunlearn.editors.alphaedit",
         "grace": "editunlearn.editors.grace",
         "wise": "editunlearn.editors.wise",
+        "unke": "editunlearn.editors.unke",
     }
 )
 
@@ -127,7 +130,7 @@ def run(
     from editunlearn.deltas.kinds import compose
     from editunlearn.editors import located
     from editunlearn.editors.past import PastKeys
-    from editunlearn.hparams import EditorHParams, MemoryHParams, resolved
+    from editunlearn.hparams import BlockHParams, EditorHParams, MemoryHParams, resolved
     from editunlearn.workspace import Workspace
 
     hp, _ = located.settled(lm, hp, cache, module(hp.method).DEFAULT_LAYERS)
@@ -155,8 +158,21 @@ def run(
         name, made = memory_flow.run(lm, request, hp, module(hp.method), work, cache, console)
         remembered = make_memory(lm, {name: made.memory}, entries={name: made.entries}, **about)
         return compose(earlier.delta, remembered) if earlier is not None else remembered, past
-    assert isinstance(hp, EditorHParams)  # noqa: S101 - there are these two
     from editunlearn.deltas.build import check_norm, make_delta, with_gain
+
+    if isinstance(hp, BlockHParams):
+        from editunlearn.deltas.dense import DenseDelta, make_dense
+        from editunlearn.editors import block_flow
+
+        check_past(hp, past)
+        changes = block_flow.run(lm, request, hp, module(hp.method), work, cache, console, earlier)
+        trained: Delta = make_dense(lm, changes, **about)
+        if earlier is not None:
+            trained = compose(earlier.delta, trained)
+        assert isinstance(trained, DenseDelta)  # noqa: S101 - check_method saw to it
+        check_norm(trained, hp.limits.norm)
+        return trained if earlier is None else with_gain(lm, trained), past
+    assert isinstance(hp, EditorHParams)  # noqa: S101 - there are these three
     from editunlearn.deltas.lowrank import Factors, LowRankDelta
     from editunlearn.editors.flow import Flow
 
@@ -180,16 +196,27 @@ def _sites(lm: LM, hp: MethodHParams) -> list[str]:
     from editunlearn.lm.layout import resolve_layers
 
     layers, _ = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), module(hp.method).DEFAULT_LAYERS)
-    return [site.name for site in lm.layout.sites(layers)]
+    return [site.name for site in edited(lm.model, lm.layout, hp, layers)]
+
+
+def edited(model: Any, layout: Layout, hp: MethodHParams, layers: Sequence[int]) -> list[Site]:
+    """The linear maps that a method edits in some blocks: all of them, or the MLP's output projections."""
+    from editunlearn.hparams import BlockHParams
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.weights import linear_maps
+
+    if not isinstance(hp, BlockHParams):
+        return layout.sites(layers)
+    return [Site(name, layer) for layer in layers for name in linear_maps(model, layout.block_name(layer))]
 
 
 def check_past(hp: MethodHParams, past: PastKeys | None) -> None:
     """Raises InputError when there are keys of earlier edits that this method has no use for."""
-    from editunlearn.hparams import MemoryHParams, UnlearnerHParams
+    from editunlearn.hparams import BlockHParams, MemoryHParams, UnlearnerHParams
 
     if past is None or not past.keys:
         return
-    if isinstance(hp, UnlearnerHParams):
+    if isinstance(hp, UnlearnerHParams | BlockHParams):
         raise InputError(
             f"{hp.method} trains weights and knows no keys that it could preserve: leave --past out, merge the earlier "
             "edit, and give its facts as well."

@@ -11,7 +11,7 @@ from editunlearn.deltas.codebook import Codebook
 from editunlearn.editors import keys, values
 from editunlearn.editors.memory_flow import Fitted, Stage
 from editunlearn.editors.value_types import Problem, Replacing, Store
-from editunlearn.hparams import Value
+from editunlearn.hparams.pieces import OneValue
 from editunlearn.numerics.codebook import Balls, balls, clear_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _values(stage: Stage[HParams], made: Balls, rows: list[Row]) -> Tensor:
         Problem(tuple(rows[i] for i, ball in enumerate(made.members) if ball == number))
         for number in range(len(made.centres))
     ]
-    settings = Value(
+    settings = OneValue(
         steps=hp.steps,
         lr=hp.lr,
         scale=hp.scale,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from editunlearn.facts.records import Fact
-    from editunlearn.hparams import ContextPrefixes, EditorHParams, Located
+    from editunlearn.hparams import ContextPrefixes, EditorHParams, Located, Valued
     from editunlearn.lm.loading import LM
 
 MADE_UP = 4000
@@ -189,7 +189,7 @@ def problems(
     facts: Sequence[Fact],
     rows: ForgetRows,
     keep: Sequence[Fact],
-    hp: EditorHParams,
+    hp: Valued,
     owner: Sequence[int] | None = None,
 ) -> list[Problem]:
     """What each value is optimised on; with ``value.kl`` also prompts that pin the subject's other continuations.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from editunlearn.deltas.files import MANIFEST, check_base, load, save
 from editunlearn.deltas.kinds import Delta
 from editunlearn.deltas.lowrank import LowRankDelta
+from editunlearn.deltas.memory import MemoryDelta
 from editunlearn.editors.past import PastKeys
 from editunlearn.errors import InputError, StaleError, UnsupportedError
 from editunlearn.facts.readers import comparable
@@ -105,7 +106,7 @@ class Earlier:
         Memories stay out: each decides by itself, at inputs that none of them changes, so that a new one is the same
         whether the others are there or not.
         """
-        return self.delta.applied(lm) if isinstance(self.delta, LowRankDelta) else nullcontext()
+        return nullcontext() if isinstance(self.delta, MemoryDelta) else self.delta.applied(lm)
 
     def divide(self, facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
         """Facts that are new, and those that are already held: asked again, they are measured and not edited.
@@ -146,7 +147,7 @@ class Earlier:
             UnsupportedError: a memory and a change of weights, or different memories.
             InputError: other modules, where the keys of the earlier facts are not known.
         """
-        from editunlearn.hparams import MemoryHParams, UnlearnerHParams
+        from editunlearn.hparams import BlockHParams, MemoryHParams, UnlearnerHParams
 
         if isinstance(hp, UnlearnerHParams):
             raise UnsupportedError(
@@ -154,7 +155,7 @@ class Earlier:
                 "merged), and give the merged model."
             )
         there, memory = self.delta.manifest, isinstance(hp, MemoryHParams)
-        if there.kind == "dense":
+        if there.kind == "dense" and there.method != hp.method:
             raise UnsupportedError(
                 f"{self.where}: was made by {there.method}, whose change is in all of its weights and has no keys that "
                 f"{hp.method} could preserve. Merge it (export --to merged), and edit the merged model."
@@ -165,6 +166,11 @@ class Earlier:
             raise UnsupportedError(
                 f"{self.where}: was made by {there.method}, which {hp.method} cannot go on from: {what} cannot be one "
                 f"delta. Go on with {there.method}, or start from a merged model."
+            )
+        if isinstance(hp, BlockHParams) and there.kind == "low_rank":
+            raise UnsupportedError(
+                f"{self.where}: was made by {there.method}, a low-rank change that {hp.method}'s whole matrices would "
+                "swallow. Merge it (export --to merged), and edit the merged model."
             )
         sites = sorted(sites)
         if there.sites and sites != sorted(there.sites):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from editunlearn.editors import chunks, contexts, keeping, keys, lookalikes, merging, moments, reading, spread, values
+from editunlearn.editors import chunks, contexts, finding, keeping, keys, lookalikes, merging, moments, reading, spread
 from editunlearn.editors.closed_form import SiteProblem, made_anew
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.refine import LEAST_ANSWER, Goals, refine, step_units
-from editunlearn.editors.value_types import Problem, Store, Values
+from editunlearn.editors.value_types import Values
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.attention import short_rows
@@ -108,8 +108,8 @@ class Flow:
         """All that depends on what the model says now."""
         parts, self.parts = chunks.split(rows, self.hp.chunks)
         self.groups = self._merged(parts, sites[0])
-        found = self._values(parts, keep, sites)
-        return self.lm.among.by_first(lambda: self._written(sites, rows, parts, keep, second, found))
+        wanted = self._values(parts, keep, sites)
+        return self.lm.among.by_first(lambda: self._written(sites, rows, parts, keep, second, wanted))
 
     def _written(
         self,
@@ -156,43 +156,23 @@ class Flow:
         return moments.pieces(self.lm, sites, self.hp.moments)
 
     def _values(self, rows: ForgetRows, keep: list[Fact], sites: list[Site]) -> Values:
-        kept = self.lm.among.by_first(lambda: self.work.get("values"))
-        if kept is not None:
-            self.console.info(f"values: {len(rows.targets)} from the interrupted run")
-            return Values(**kept)
-        each = contexts.problems(self.lm, self.request.facts, rows, keep, self.hp, self.parts.owner)
-        problems = self.groups.problems(each)
-        at = spread.value_modules(self.lm, sites, self.hp.value.spread)
-        stores: list[Store] = []
         unit = "chunks" if self.hp.chunks is not None else "facts" if self.hp.merge is None else "groups"
-        with self.console.progress(len(problems), f"values ({unit})") as bar:
-
-            def optimise(some: list[Problem], turn: int) -> Values:
-                stores.append(Store(self.work, turn))
-                return values.optimise(
-                    self.lm,
-                    some,
-                    at,
-                    self.hp.value,
-                    tokens=self.hp.batch_tokens,
-                    store=stores[-1],
-                    progress=bar.update,
-                    warn=self.console.warn,
-                )
-
-            parts = self.parts if self.hp.merge is None else chunks.whole(range(len(problems)))
-            of_groups = chunks.in_turn(problems, parts, optimise)
-        found = self.groups.values(of_groups)
-        self.lm.among.by_first(lambda: self.work.put("values", vars(found)))
-        for store in stores:
-            store.clear()
-        hard = [f.id for f, loss in zip(self._owners(), found.loss.tolist(), strict=True) if loss > 2]
-        if hard and self.hp.refine is None:  # refine trains them further
-            self.console.warn(
-                f"{len(hard)} of {len(found.loss)} values did not converge (loss above 2), first {hard[0]!r}; "
-                "try more value.steps"
-            )
-        return found
+        values = finding.find(
+            self.lm,
+            lambda: self.groups.problems(
+                contexts.problems(self.lm, self.request.facts, rows, keep, self.hp, self.parts.owner)
+            ),
+            self.parts if self.hp.merge is None else None,
+            spread.value_modules(self.lm, sites, self.hp.value.spread),
+            self.hp,
+            self.work,
+            self.console,
+            unit=unit,
+            finish=self.groups.values,
+        )
+        if self.hp.refine is None:  # refine trains them further
+            finding.warn_if_hard(values, self._owners(), self.console)
+        return values
 
     def solve(
         self,

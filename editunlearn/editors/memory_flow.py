@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.remembering import Memory
     from editunlearn.facts.records import Fact, ForgetRequest
+    from editunlearn.hparams import BlockHParams
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
     from editunlearn.lm.tokens import Row
@@ -86,7 +87,7 @@ def run(
     return site.name, found
 
 
-def prompts_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams) -> list[Row]:
+def prompts_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams | BlockHParams) -> list[Row]:
     """At most ``hp.keep`` prompts: all that the user retains, those of earlier memories, then in equal parts shipped
     ones and those of the forgotten facts about others, which are the closest that there are."""
     earlier = contexts.earlier_rows(lm, request.earlier, hp, targets=False)

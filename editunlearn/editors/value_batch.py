@@ -27,7 +27,7 @@ from editunlearn.numerics import losses
 from editunlearn.numerics.codebook import replaced
 
 if TYPE_CHECKING:
-    from editunlearn.hparams import Value
+    from editunlearn.hparams.pieces import OneValue
     from editunlearn.lm.loading import LM
 
 Way = type[Tail] | type[Upper]
@@ -97,7 +97,7 @@ class Together:
         head: Head,
         problems: Sequence[Problem],
         modules: Sequence[str],
-        hparams: Value,
+        hparams: OneValue,
         start: tuple[Way, int] | None,
         replacing: Replacing | None,
     ) -> None:

@@ -17,7 +17,7 @@ from editunlearn.lm.resume import Tail, Upper, resumable
 from editunlearn.lm.tokens import Row
 
 if TYPE_CHECKING:
-    from editunlearn.hparams import Value
+    from editunlearn.hparams.pieces import OneValue
     from editunlearn.lm.loading import LM
 
 
@@ -25,7 +25,7 @@ def optimise(
     lm: LM,
     problems: Sequence[Problem],
     modules: Sequence[str],
-    hparams: Value,
+    hparams: OneValue,
     *,
     replacing: Replacing | None = None,
     tokens: int = 2048,

@@ -14,7 +14,15 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel
 
 from editunlearn.hparams.fields import Piece, Real, Whole
-from editunlearn.hparams.methods import EditorHParams, Located, MemoryHParams, MethodHParams, UnlearnerHParams
+from editunlearn.hparams.methods import (
+    BlockHParams,
+    EditorHParams,
+    Located,
+    MemoryHParams,
+    MethodHParams,
+    UnlearnerHParams,
+    Valued,
+)
 from editunlearn.hparams.pieces import (
     ChangeLimits,
     Chunks,
@@ -36,6 +44,7 @@ __all__ = [
     "Stop",
     "Train",
     "UnlearnerHParams",
+    "BlockHParams",
     "Chunks",
     "ContextPrefixes",
     "EditorHParams",
@@ -52,6 +61,7 @@ __all__ = [
     "Refine",
     "Retain",
     "Value",
+    "Valued",
     "Whole",
     "Described",
     "describe",

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from editunlearn.hparams import pieces
 from editunlearn.hparams.fields import Layers, Piece, Spellings, Whole
-from editunlearn.hparams.training import Stop, Train
+from editunlearn.hparams.training import PASSAGE, BlockTrain, Stop, Train
 
 if TYPE_CHECKING:
     from editunlearn.facts.records import ForgetRequest
@@ -82,7 +82,7 @@ class EditorHParams(InContextHParams):
 
 def _one_layer(value: Any) -> Any:
     if value != "auto" and len(value) != 1:
-        raise ValueError(f"layers is {value!r}; a memory is of one layer: auto, or a list of one.")
+        raise ValueError(f"layers is {value!r}; this method is of one layer: auto, or a list of one.")
     return value
 
 
@@ -105,6 +105,31 @@ class MemoryHParams(InContextHParams):
     def training_steps(self) -> int:
         """Times that a fact is trained on, at most."""
         raise NotImplementedError
+
+
+class BlockHParams(InContextHParams):
+    """What every method has that trains one whole block until it gives the values by itself."""
+
+    layers: Annotated[Layers, AfterValidator(_one_layer)] = Field(
+        default="auto", description="The block whose linear maps are trained."
+    )
+    limits: pieces.ChangeLimits = Field(
+        default_factory=pieces.ChangeLimits, description="What stops a run before it ruins the model."
+    )
+    chunks: pieces.Chunks | None = Field(default=None, description="Long targets in chunks; null: in one piece.")
+    value: pieces.OneValue = Field(
+        default_factory=pieces.OneValue, description="How the new values, of the block's output, are optimised."
+    )
+    train: BlockTrain = Field(default_factory=BlockTrain, description="How the block is trained to give them.")
+    keep: Whole = Field(default=300, ge=0, description="Prompts to keep, at most, that the block computes as before.")
+    texts: Whole = Field(
+        default=16, ge=0, description=f"Passages of general text, of {PASSAGE} tokens, that it computes as before."
+    )
+
+    @property
+    def subject_token(self) -> Literal["prompt_last"]:
+        """Values are those of the end of the prompt."""
+        return "prompt_last"
 
 
 class UnlearnerHParams(MethodHParams):
@@ -140,5 +165,7 @@ class UnlearnerHParams(MethodHParams):
         return updates
 
 
-Located = EditorHParams | MemoryHParams
+Valued = EditorHParams | BlockHParams
+"""Settings of methods that optimise a value for each fact, or each chunk of its target."""
+Located = EditorHParams | MemoryHParams | BlockHParams
 """Settings that say at which token of a prompt to look."""

@@ -17,7 +17,7 @@ class ContextPrefixes(Piece):
     seed: Whole = Field(default=0, ge=0, description="Seed of the sampling.")
 
 
-class Value(Piece):
+class OneValue(Piece):
     """How the value of a fact (the vector that makes the model say the target) is optimised."""
 
     steps: Whole = Field(default=20, ge=1, description="Most updates of Adam per fact.")
@@ -45,6 +45,11 @@ class Value(Piece):
         default=None, description="Contexts a value is optimised in, the bare prompt first; null for all."
     )
     stop_loss: Real = Field(default=0.05, ge=0, description="A fact is done when its loss falls below this.")
+
+
+class Value(OneValue):
+    """The same where the work may be divided over several layers."""
+
     spread: Literal["joint", "residual"] = Field(
         default="joint",
         description="Split the work over the layers jointly, or as published by what is still missing.",

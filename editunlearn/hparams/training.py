@@ -8,6 +8,21 @@ from pydantic import Field, model_validator
 
 from editunlearn.hparams.fields import Piece, Real, Whole
 
+PASSAGE = 128
+"""Length in tokens of a passage of general text that a trained block is held at."""
+
+
+class BlockTrain(Piece):
+    """How one block is trained to give the values that were found."""
+
+    steps: Whole = Field(default=50, ge=1, description="Updates of AdamW, each on all facts and all that is kept.")
+    lr: Real = Field(default=0.01, gt=0, description="Learning rate, in units of `scale`.")
+    scale: Literal["relative", "absolute"] = Field(
+        default="relative", description="Measure lr in units of each weight's root mean square, or in raw numbers."
+    )
+    weight_decay: Real = Field(default=0.0, ge=0, description="Pull back to the weights as they came.")
+    kept: Real = Field(default=1.0, ge=0, description="Weight of prompts and text to keep against the facts.")
+
 
 class Train(Piece):
     """How weights are trained."""

@@ -42,6 +42,7 @@ class Walk:
         self.lm, self.warn = lm, warn
         cut = [until_lookup(row).ids for row in rows]
         self.begun = Beginnings.find(cut, lm.pad_id, lm.device)
+        self.mask = self.begun.mask(lm.device)
         self.own = [ids[start:] for ids, start in zip(cut, self.begun.lengths, strict=True)]
         self.returned = returned(lm)
         self.at = 0
@@ -103,7 +104,7 @@ class Walk:
         device = self.lm.device
         own = batch([Row(self.own[row], 0, 1) for row in part], self.lm.pad_id, device)
         before = self.begun.width if past else 0
-        mask = torch.cat([self.begun.mask(device)[list(part), :before], own.attention_mask], 1)
+        mask = torch.cat([self.mask[list(part), :before], own.attention_mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
         states = pad_sequence([self.entering[r] for r in part], batch_first=True) if self.entering else None
         of = self.begun.of[list(part)]

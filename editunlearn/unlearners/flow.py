@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.deltas.build import check_norm, make_delta
+from editunlearn.deltas.changes import Changes
 from editunlearn.deltas.dense import make_dense
 from editunlearn.deltas.files import save
 from editunlearn.deltas.lowrank import Dense, Factors
 from editunlearn.errors import NumericalError
 from editunlearn.unlearners import parameters, probe
-from editunlearn.unlearners.parameters import Changes
 from editunlearn.unlearners.passes import Passes
 from editunlearn.unlearners.training import Diverged, Training
 

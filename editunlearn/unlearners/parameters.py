@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from editunlearn.deltas.arithmetic import merged_weight
-from editunlearn.deltas.lowrank import Dense, Factors, base_norm, frobenius
+from editunlearn.deltas.changes import Changes, accumulate
+from editunlearn.deltas.lowrank import Factors, base_norm
 from editunlearn.errors import InputError
 from editunlearn.lm.hooks import low_rank_hook, on_output, stack
 from editunlearn.lm.layout import resolve_layers
-from editunlearn.lm.weights import is_transposed, linear_maps, module, read_weight
+from editunlearn.lm.weights import linear_maps, module
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Train, UnlearnerHParams
@@ -50,62 +50,6 @@ def trained_modules(model: nn.Module, layout: Layout, hp: UnlearnerHParams) -> t
 
 def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
-
-
-class Changes:
-    """A change of each entry of some matrices.
-
-    Attributes:
-        values: dW (out, in) float32 by module name, from zero.
-        units: root mean square of each weight.
-        leaves: what the graph of a pass ends in.
-    """
-
-    def __init__(self, lm: LM, names: Sequence[str]) -> None:
-        self.lm, self.names = lm, list(names)
-        base = {name: read_weight(lm.model, name) for name in names}
-        self.values = {name: torch.zeros(w.shape, device=w.device) for name, w in base.items()}
-        self.units = {name: frobenius(weight) / math.sqrt(weight.numel()) for name, weight in base.items()}
-        own = {name: module(lm.model, name)._parameters["weight"] for name in names}
-        self._live = {name: nn.Parameter(weight.detach().clone()) for name, weight in own.items() if weight is not None}
-        self._turned = {name: is_transposed(lm.model, name) for name in names}
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The weights that the model computes with, in the order of ``names``."""
-        return [self._live[name] for name in self.names]
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """The model with the change in it."""
-        with ExitStack() as undo:
-            for name in self.names:
-                slots = module(self.lm.model, name)._parameters
-                undo.callback(slots.__setitem__, "weight", slots["weight"])
-                slots["weight"] = self._live[name]
-            yield
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Sum up gradients of ``leaves``."""
-        for name, found in zip(self.names, gradients, strict=True):
-            if found is not None:
-                _accumulate(self.values[name], found.t() if self._turned[name] else found)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Let the model compute with the values as they are now."""
-        for name in self.names:
-            merged = merged_weight(read_weight(self.lm.model, name), self.values[name], None)
-            self._live[name].copy_(merged.t() if self._turned[name] else merged)
-
-    def updates(self) -> dict[str, Dense]:
-        """The change of each module so far, a copy."""
-        return {name: Dense(value.detach().clone()) for name, value in self.values.items()}
-
-    def relative_norm(self) -> float:
-        """Largest norm(dW) / norm(W) of any module."""
-        sizes = {name: self.units[name] * math.sqrt(value.numel()) for name, value in self.values.items()}
-        return max(frobenius(value) / max(sizes[name], 1e-30) for name, value in self.values.items())
 
 
 class Adapters:
@@ -171,7 +115,7 @@ class Adapters:
         """Sum up gradients of ``leaves``."""
         for value, found in zip(self.leaves, gradients, strict=True):
             if found is not None:
-                _accumulate(value, found)
+                accumulate(value, found)
 
     def refresh(self) -> None:
         """Nothing to do: the factors are what the model computes with."""
@@ -200,10 +144,6 @@ def restrict(trained: Trained, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         if (found := trained.values[name].grad) is not None:
             found.mul_(mask)
-
-
-def _accumulate(value: Tensor, gradient: Tensor) -> None:
-    value.grad = gradient.float().clone() if value.grad is None else value.grad.add_(gradient)
 
 
 def _shape(lm: LM, name: str) -> tuple[int, int]:

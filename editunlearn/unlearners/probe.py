@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from editunlearn.deltas.changes import Changes
 from editunlearn.errors import InputError
 from editunlearn.unlearners import localise, losses, parameters
 from editunlearn.unlearners.localise import Masks
 from editunlearn.unlearners.localised import GRIN, LocalisedHParams, LoKU, MemFlex
-from editunlearn.unlearners.parameters import Adapters, Changes
+from editunlearn.unlearners.parameters import Adapters
 from editunlearn.unlearners.passes import Passes
 from editunlearn.unlearners.rows import Pool
 from editunlearn.unlearners.training import gradients

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from editunlearn.deltas.changes import optimiser_state, restore
 from editunlearn.errors import NumericalError
 from editunlearn.lm.attention import short_rows
 from editunlearn.lm.batching import by_length, halving
@@ -296,10 +297,7 @@ class Training:
         numbers = {"done": self.done, "tokens": self.tokens, **{f"price.{n}": p for n, p in self.prices.items()}}
         numbers |= {f"sum.{name}": value for name, value in self.sums.items()}
         state = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        for name, value in self.trained.values.items():
-            own = self.adam.state.get(value, {})
-            state[f"value.{name}"] = value
-            state |= {f"adam.{key}.{name}": tensor for key, tensor in own.items()}
+        state |= optimiser_state(self.adam, self.trained.values)
         self.work.put(STATE, state)
         self._saved = time.monotonic()
         self._writing = self._saved - began
@@ -312,11 +310,7 @@ class Training:
         self.done, self.tokens = int(state["done"]), int(state["tokens"])
         self.prices = {name: float(state[f"price.{name}"]) for name in self.prices}
         self.sums = {key.removeprefix("sum."): float(v) for key, v in state.items() if key.startswith("sum.")}
-        for name, value in self.trained.values.items():
-            value.copy_(state[f"value.{name}"])
-            if f"adam.step.{name}" in state:  # a value that never had a gradient has none
-                own = {key: state[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                self.adam.state[value] = {k: t if k == "step" else t.to(value.device) for k, t in own.items()}
+        restore(self.adam, self.trained.values, state)
         self.good = {name: value.detach().clone() for name, value in self.trained.values.items()}
         self.good_at = self.done
         self.trained.refresh()
