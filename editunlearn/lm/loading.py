@@ -30,6 +30,7 @@ from editunlearn.lm.sources import (
     reader_place,
     resolve_source,
 )
+from editunlearn.lm.weights import device_of
 from editunlearn.naming import did_you_mean, first_of
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embedding (a model may be spread over several)."""
-        embedding: Any = self.model.get_input_embeddings()
-        return torch.device(embedding.weight.device)
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ from editunlearn.deltas.lowrank import Dense, Factors, base_norm, frobenius
 from editunlearn.errors import InputError
 from editunlearn.lm.hooks import low_rank_hook, on_output, stack
 from editunlearn.lm.layout import resolve_layers
-from editunlearn.lm.weights import is_transposed, linear_maps, module, read_weight
+from editunlearn.lm.weights import device_of, is_transposed, linear_maps, module, read_weight, shape
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Train, UnlearnerHParams
@@ -126,8 +126,8 @@ class Adapters:
         draw = torch.Generator().manual_seed(seed)
         for name in names:
             target = module(lm.model, name)
-            out, width = _shape(lm, name)
-            device = next(target.parameters()).device
+            out, width = shape(lm.model, name)
+            device = device_of(target)
             bound = 1 / math.sqrt(width)  # as in peft: kaiming_uniform with a = sqrt(5)
             right = torch.empty(hp.rank, width).uniform_(-bound, bound, generator=draw)
             self.put(name, torch.zeros(out, hp.rank, device=device), right.to(device))
@@ -204,9 +204,3 @@ def restrict(trained: Trained, masks: Mapping[str, Tensor]) -> None:
 
 def _accumulate(value: Tensor, gradient: Tensor) -> None:
     value.grad = gradient.float().clone() if value.grad is None else value.grad.add_(gradient)
-
-
-def _shape(lm: LM, name: str) -> tuple[int, int]:
-    from editunlearn.deltas.lowrank import shape_of
-
-    return shape_of(lm.model, name)
