@@ -153,8 +153,9 @@ def target(config: Any, hp: MethodHParams, layers: Sequence[int] | None = None) 
 
 
 def dtype_of(config: Any, asked: str) -> str:
-    """Name of the dtype that the weights would be in."""
-    name = str(getattr(config, "dtype", None) or "float32") if asked == "auto" else asked
+    """Name of the dtype that the weights would be in, or all but those of linear maps that are rounded."""
+    own = asked in ("auto", "nf4", "int8")
+    name = str(getattr(config, "dtype", None) or "float32") if own else asked
     return name.removeprefix("torch.")
 
 

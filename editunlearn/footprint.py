@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from editunlearn.hparams.methods import InContextHParams
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ROUNDED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+"""Bytes of a number of a linear map as bitsandbytes stores it, scales included."""
 PROGRAM, WORD = 0.5e9, 600.0
 """Python with torch, transformers and the rest, and a word of the tokenizer: resident bytes, about (torch 2.13)."""
 LENGTH = 64
@@ -99,8 +101,8 @@ class Footprint:
         return self.program + self.model + sum(self.held.values()) + max(self.stages.values())
 
 
-def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fact]) -> Footprint:
-    """Of ``apply``, or of ``stats`` where there are no facts."""
+def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fact], rounded: str = "") -> Footprint:
+    """Of ``apply``, or of ``stats`` where there are no facts; ``rounded`` as for :func:`weights`."""
     from editunlearn.hparams import EditorHParams, UnlearnerHParams
 
     at = _At.of(target, dtype, facts)
@@ -113,8 +115,33 @@ def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fac
         held, more = _unlearner(at, hp)
     else:
         held, more = _memory(at, hp)  # type: ignore[arg-type]
-    weights = at.width * sum(p.numel() for p in target.model.parameters())
-    return Footprint(PROGRAM + WORD * at.vocabulary, float(weights), held, stages | more)
+    return Footprint(PROGRAM + WORD * at.vocabulary, weights(target, at.width, rounded), held, stages | more)
+
+
+def weights(target: Target, width: int, rounded: str = "") -> float:
+    """Bytes of the model's weights, of ``width`` bytes each.
+
+    Args:
+        rounded: nf4 or int8: the linear maps of the blocks are.
+    """
+    from editunlearn.lm.layout import layout_of
+    from editunlearn.lm.weights import linear_maps, shape
+
+    whole = float(width * sum(p.numel() for p in target.model.parameters()))
+    if not rounded:
+        return whole
+    names = linear_maps(target.model, layout_of(target.model, target.config).blocks)
+    maps = sum(out * inner for out, inner in (shape(target.model, name) for name in names))
+    return whole - maps * (width - ROUNDED[rounded])
+
+
+def rounded_to(config: Any, asked: str) -> str:
+    """nf4 or int8 where bitsandbytes rounds, or has rounded, the weights; else nothing."""
+    own: Any = getattr(config, "quantization_config", None) or {}
+    own = own if isinstance(own, dict) else own.to_dict()
+    if asked in ROUNDED:
+        return asked
+    return "nf4" if own.get("load_in_4bit") else "int8" if own.get("load_in_8bit") else ""
 
 
 @dataclass(frozen=True)
@@ -171,10 +198,8 @@ def _editor(at: _At, hp: EditorHParams) -> tuple[dict[str, float], dict[str, flo
     if not at.facts:
         return held, stages
     row = _row(at, hp)
-    stages["optimising values"] = at.graph(
-        min(hp.batch_tokens, at.facts * (hp.value.contexts or contexts(hp)) * row), _last(at)
-    )
-    stages["optimising values"] += at.logits(at.facts * contexts(hp) * at.said)
+    rows = at.facts * (hp.value.contexts or contexts(hp))
+    stages["optimising values"] = at.graph(min(hp.batch_tokens, rows * row), _last(at)) + at.logits(rows * at.said)
     stages["solving"] = MATRICES * 8.0 * max(widths) ** 2
     if hp.refine is not None:
         r = hp.refine
