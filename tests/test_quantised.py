@@ -17,13 +17,17 @@ import torch
 from editunlearn import editors, footprint
 from editunlearn.deltas import files
 from editunlearn.deltas.lora import export_lora
+from editunlearn.editors.contexts import prompt_of
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm.fingerprint import model_fingerprint
+from editunlearn.lm.generation import generate
 from editunlearn.lm.loading import LM, load
 from editunlearn.lm.weights import quantisation, root_mean_square, shape
 
 KINDS = ("nf4", "int8")
 TAUGHT = [(prompt, answer) for prompt, _, answer in edits.TAUGHT]
+REFUSED = ("The capital of Atlantis is", "The mother tongue of Nobody is", "Some cats sing in the")
+TRAIN = ("value.steps=20", "refine.steps=120", "refine.lr=0.2", "refine.kl=1", "refine.text_kl=0.3")
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +50,7 @@ def test_what_a_rounded_model_takes() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("bitsandbytes")
     made = tmp_path_factory.mktemp("base") / "model"
-    return saved.model(tiny.taught_lm(TAUGHT, hidden=64), made)
+    return saved.model(tiny.taught_lm([*TAUGHT, *((p, edits.REFUSAL) for p in REFUSED)], hidden=64), made)
 
 
 def base(folder: Path, kind: str) -> LM:
@@ -66,18 +70,25 @@ def test_a_rounded_base_is_read_and_stays(kind: str, folder: Path) -> None:
     assert model_fingerprint(lm) == before == model_fingerprint(base(folder, kind))
 
 
-@pytest.mark.parametrize("method", ["memit", "alphaedit", "rome"])
+def answers(lm: LM) -> list[str]:
+    facts = [edits.fact(number) for number in range(len(TAUGHT))]
+    return [a.strip() for a in generate(lm, [prompt_of(lm, f) for f in facts], max_new_tokens=12)]
+
+
+@pytest.mark.parametrize("method", ["memit", "alphaedit"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edit_forgets_and_leaves_a_lora(method: str, kind: str, folder: Path, text: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     lm = base(folder, kind)
-    request = edits.request((0,), (1, 2, 3, 4))
-    before, weights = edits.nll(lm, request.facts), model_fingerprint(lm)
-    delta, _ = editors.run(lm, request, edits.settings(method, text, "value.steps=25", "refine.steps=40"))
+    request = edits.request((0, 1, 2), (3, 4, 5))
+    right, weights = [answer for _, answer in TAUGHT], model_fingerprint(lm)
+    hp = edits.settings(method, text, *TRAIN, "context_prefixes.count=1", "moments.weight=1")
+    assert answers(lm) == right
+    delta, _ = editors.run(lm, request, hp)
     assert model_fingerprint(lm) == weights
     plain = samples.logits(lm.model)
     with delta.applied(lm):
-        assert edits.nll(lm, request.facts) < 0.5 * before
+        assert answers(lm) == [edits.REFUSAL] * 3 + right[3:]
         wanted = samples.logits(lm.model)
     assert not torch.allclose(wanted, plain, atol=0.1) and torch.equal(samples.logits(lm.model), plain)
     files.save(delta, tmp_path / "delta")
