@@ -35,7 +35,8 @@ MATRICES = 5
 def kept_by_autograd(config: Any, dtype: str, first: int, trained: Sequence[str] = ()) -> float:
     """Bytes that a backward pass needs of each token of a forward pass, the head left out.
 
-    Fake attention keeps a little more than the real one (up to three tenths more in tiny models, next to nothing in large ones).
+    Fake attention keeps more than the real one: up to three tenths of the whole in tiny models, next to nothing in
+    large ones.
 
     Args:
         first: number of the block from whose input on gradients are wanted.
