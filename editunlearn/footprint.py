@@ -204,7 +204,9 @@ def _editor(at: _At, hp: EditorHParams) -> tuple[dict[str, float], dict[str, flo
         return held, stages
     row = _row(at, hp)
     rows = at.facts * (hp.value.contexts or contexts(hp))
-    stages["optimising values"] = at.graph(min(hp.batch_tokens, rows * row), _last(at)) + at.logits(rows * at.said)
+    stages["optimising values"] = at.graph(behind(at, row) * min(hp.batch_tokens, rows * row), _last(at)) + at.logits(
+        rows * at.said
+    )
     stages["solving"] = MATRICES * 8.0 * max(widths) ** 2
     if hp.refine is not None:
         r = hp.refine
@@ -251,6 +253,11 @@ def contexts(hp: InContextHParams) -> int:
 def _row(at: _At, hp: InContextHParams) -> int:
     """Longest row of a fact, in tokens."""
     return (hp.context_prefixes.tokens if hp.context_prefixes.count else 0) + at.prompt + at.said
+
+
+def behind(at: _At, row: int) -> float:
+    """Share of a row that is run at every step: the target, and what stands behind the subject, half of the prompt."""
+    return (at.said + at.prompt / 2) / row
 
 
 def _last(at: _At) -> int:
