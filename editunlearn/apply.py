@@ -164,7 +164,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     filled = checks.run(lambda: fill_targets(facts, args.targets, seed=hp.seed if hp else 0, pool=pool)) or []
     save = checks.run(lambda: _kinds(args.save)) or ()
     if config is not None and "merged" in save:
-        checks.run(lambda: _mergeable(config))
+        checks.run(lambda: _mergeable(config, args.dtype))
     past = checks.run(lambda: PastKeys.load(args.past)) if args.past else None
     if hp is not None:
         checks.run(lambda: _check_memory(hp, save, past))
@@ -217,8 +217,13 @@ def _kinds(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(["delta", *kinds]))
 
 
-def _mergeable(config: Any) -> None:
+def _mergeable(config: Any, dtype: str) -> None:
     quantised = getattr(config, "quantization_config", None)
+    if dtype in ("nf4", "int8"):
+        raise InputError(
+            f"--save merged: with --dtype {dtype} the weights are rounded; merging would round the edit away. Use "
+            "--save lora, or --dtype bfloat16."
+        )
     if quantised:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
         raise InputError(

@@ -49,7 +49,11 @@ def add_model_flags(p: argparse.ArgumentParser, default: str | None = "demo", de
         "--model", default=default, help=f"hub id, folder, .gguf file, or demo (default: {default_help})"
     )
     group.add_argument("--revision", help="hub branch, tag or commit")
-    group.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto (default), float32, bfloat16 or float16; nf4 or int8: round the blocks (needs bitsandbytes)",
+    )
     group.add_argument(
         "--device-map", help="a device such as cuda:1, or auto (needs accelerate); default: the GPU if any"
     )

@@ -1,4 +1,4 @@
-"""Memory and work of a run, from the configuration and the texts alone: what ``apply --dry-run`` shows."""
+"""Sites, work and disk of a run, from the configuration and the texts alone: what ``apply --dry-run`` shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 CHARACTERS = 4
 """Characters of a token of English text, about."""
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU, GPU = 0.3e12, 300e12
 """Floating-point operations a second: two cores in bfloat16, one large GPU."""
 
@@ -159,8 +158,9 @@ def target(config: Any, hp: MethodHParams, layers: Sequence[int] | None = None) 
 
 
 def dtype_of(config: Any, asked: str) -> str:
-    """Name of the dtype that the weights would be in."""
-    name = str(getattr(config, "dtype", None) or "float32") if asked == "auto" else asked
+    """Name of the dtype that the weights would be in, or all but those of linear maps that are rounded."""
+    own = asked in ("auto", "nf4", "int8")
+    name = str(getattr(config, "dtype", None) or "float32") if own else asked
     return name.removeprefix("torch.")
 
 
@@ -224,35 +224,6 @@ def disk(hp: MethodHParams, facts: int, shapes: Sequence[tuple[int, int]]) -> in
     if isinstance(hp, BlockHParams):
         return sum(4 * out * width for out, width in shapes)
     return sum(4 * facts * (out + width) for out, width in shapes)
-
-
-def memory(
-    model: Any, hp: MethodHParams, dtype: str, shapes: Sequence[tuple[int, int]], facts: int
-) -> dict[str, float]:
-    """Bytes of what is large, and of all that is there at the same time."""
-    from editunlearn.hparams import BlockHParams, EditorHParams, UnlearnerHParams
-    from editunlearn.lm.head import PIECE
-
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    widest = max(i for _, i in shapes)
-    beside = {"the memory, trained": 3.0 * disk(hp, facts, shapes)}
-    if isinstance(hp, EditorHParams):
-        second = 0.0 if hp.moments.text == "none" else float(sum(8 * i * i for _, i in shapes))
-        beside = {"second moments": second, "one solve": 3.0 * 8 * widest * widest}
-    elif isinstance(hp, BlockHParams):
-        numbers = sum(out * width for out, width in shapes)
-        beside = {"the block, with the optimiser": float(numbers * (4 * 4 + BYTES.get(dtype, 4)))}
-    elif isinstance(hp, UnlearnerHParams):
-        from editunlearn.unlearners.cost import nbytes
-
-        beside = {"what is trained, with the optimiser": float(nbytes(hp, shapes, BYTES.get(dtype, 4)))}
-    rows = {
-        f"model in {dtype}": float(BYTES.get(dtype, 4) * sum(p.numel() for p in model.parameters())),
-        **beside,
-        "logits of one piece": float(BYTES.get(dtype, 4) * min(PIECE, 2048 * vocabulary)),
-    }
-    base, *kept, working, logits = rows.values()
-    return {**rows, "at the same time, about": base + sum(kept) + max(working, logits)}
 
 
 def shown(flops: dict[str, float], memory: dict[str, float], disk: float, what: str = "delta") -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from editunlearn.facts.records import Fact, ForgetRequest, content_hash
 from editunlearn.facts.targets import DEFAULT_TARGETS, fill_targets, strategy
 from editunlearn.facts.text import documents
 from editunlearn.general import general_facts, without
+from editunlearn.lm.freeing import give_back
 from editunlearn.naming import first_of
 from editunlearn.run_folder import WORK, finish, make_room
 
@@ -40,11 +41,12 @@ class Stages:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the time of the block to stage ``name``."""
+        """Add the time of the block to stage ``name``; what was freed in it goes back to the system."""
         start = time.perf_counter()
         try:
             yield
         finally:
+            give_back()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 

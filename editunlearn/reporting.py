@@ -85,6 +85,7 @@ def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
 def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     """Sites, memory and work, from the configuration alone."""
     from editunlearn import estimate
+    from editunlearn.footprint import footprint, rounded_to
 
     found = estimate.target(made.config, made.hp)
     console.table(
@@ -93,7 +94,7 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
         [(s.name, f"{o} x {i}") for s, (o, i) in zip(found.sites, found.shapes, strict=True)],
     )
     dtype = estimate.dtype_of(made.config, args.dtype)
-    memory = estimate.memory(found.model, made.hp, dtype, found.shapes, len(made.facts))
+    memory = footprint(found, made.hp, dtype, made.facts, rounded_to(made.config, args.dtype)).rows(dtype)
     flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found)
     disk = estimate.disk(made.hp, estimate.columns(made.hp, made.facts), found.shapes)
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))

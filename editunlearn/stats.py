@@ -157,10 +157,10 @@ def _stability(lm: LM, found: dict[str, Tensor], hp: EditorHParams, cache: Path,
 
 def _dry_run(console: Console, args: argparse.Namespace, hp: EditorHParams, target: Target) -> None:
     from editunlearn import estimate
+    from editunlearn.footprint import footprint, rounded_to
 
     dtype = estimate.dtype_of(target.config, args.dtype)
-    memory = estimate.memory(target.model, hp, dtype, target.shapes, 0)
-    memory = {name: size for name, size in memory.items() if name in (f"model in {dtype}", "second moments")}
+    memory = footprint(target, hp, dtype, [], rounded_to(target.config, args.dtype)).rows(dtype)
     flops = {"second moments": estimate.statistics(estimate.cost(target.model), hp, target.depth, target.width)}
     disk = float(sum(4 * width * width for _, width in target.shapes))
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk, "second moments"))

@@ -176,7 +176,7 @@ def test_beside_a_quantised_module_the_change_is_added_to_its_output(monkeypatch
     with delta.applied(lm):
         expected = samples.logits(lm.model)
     monkeypatch.setattr(lowrank, "quantisation", lambda *_: "4-bit (nf4)")
-    monkeypatch.setattr(lowrank, "shape_of", lambda _, name: delta.factors[name].shape)
+    monkeypatch.setattr(lowrank, "shape", lambda _, name: delta.factors[name].shape)
     monkeypatch.setattr(lowrank, "stored_weight", lambda *_: torch.zeros(1))
     with delta.applied(lm):
         torch.testing.assert_close(samples.logits(lm.model), expected, rtol=1e-4, atol=1e-4)

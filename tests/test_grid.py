@@ -16,8 +16,11 @@ from editunlearn import editors
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import grid
+import layers
 import memory
 import merging
+import peaks
+import processes
 
 FEW = ["layers=[1]", "context_prefixes.count=1", "value.steps=2"]
 
@@ -64,6 +67,35 @@ def test_merging(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r["name"].split(", ")[1] for r in runs] == list(merging.MERGED)
     assert all(r["hparams"]["refine"] is None for r in runs)
     assert [r["hparams"]["merge"] is None for r in runs] == [True, False, False, False]
+
+
+def test_layers(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*flags, "--sizes", "2", "--windows", "0-1", "1-2", "--forms", "closed", "--set", *FEW[1:]]
+    words += ["moments.tokens=500", "moments.length=32", "retain.lookalikes=0", "limits.norm=100"]
+    runs = call(layers.main, monkeypatch, *words)["runs"]
+    assert [r["hparams"]["layers"] for r in runs] == ["auto", [0, 1], [1, 2]]
+    assert [r["name"] for r in runs] == ["memit closed, auto", "memit closed, blocks 0-1", "memit closed, blocks 1-2"]
+
+
+def test_processes(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "RUNS", {name: processes.RUNS[name] for name in ("one process", "two processes")})
+    words = ["--model", flags[1], "--tokens", "600", "--out", flags[-1]]
+    found = call(processes.main, monkeypatch, *words)
+    assert found["runs"]["two processes"]["apart"] < 1e-5 and len(found["runs"]["two processes"]["cpu_seconds"]) == 2
+    assert found["speed_up"] > 0 and "tokens a CPU second" in Path(flags[-1]).with_suffix(".md").read_text()
+
+
+def test_peaks_are_measured_once_and_planned_anew(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[list[str]] = []
+    monkeypatch.setattr(peaks, "planned", lambda _: 3e9)
+    monkeypatch.setattr(peaks, "peak", lambda command: measured.append(command) or 2e9)
+    words = ["--models", "demo:bfloat16", "--methods", "memit", "npo", "--out", flags[-1]]
+    found: Any = call(peaks.main, monkeypatch, *words)
+    assert [one["ratio"] for one in found] == [1.5, 1.5] and len(measured) == 2
+    monkeypatch.setattr(peaks, "planned", lambda _: 1e9)
+    found = call(peaks.main, monkeypatch, *words[:4], *words[-2:])
+    assert [one["ratio"] for one in found] == [0.5, 1.5] and len(measured) == 2
+    assert "| demo, bfloat16 | memit | 1.00 | 2.00 | 0.50 |" in Path(flags[-1]).with_suffix(".md").read_text()
 
 
 def test_what_is_worse_is_said_and_what_was_stopped_too() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from editunlearn.deltas.arithmetic import dtype_name, merged_rows
 from editunlearn.deltas.lowrank import LoadedModel, Update, WeightDelta
 from editunlearn.errors import NumericalError
-from editunlearn.lm.weights import quantisation, read_weight
+from editunlearn.lm.weights import fetch_weight, quantisation
 
 LEAST_GAIN = 0.98
 
@@ -84,7 +84,7 @@ def measure(lm: LoadedModel, delta: WeightDelta[Any], dtype: torch.dtype | None 
     for name, factors in delta.factors.items():
         if quantisation(lm.model, name) is not None:
             continue
-        weight = read_weight(lm.model, name)
+        weight = fetch_weight(lm.model, name)
         try:
             report[name] = realised_gain(weight, factors, dtype or weight.dtype)
         except NumericalError as error:

@@ -19,7 +19,16 @@ from torch.nn import functional
 from editunlearn.deltas.arithmetic import merged_weight
 from editunlearn.deltas.manifest import BaseManifest, Manifest, SiteRecord, check_composable
 from editunlearn.errors import InputError, UnsupportedError
-from editunlearn.lm.weights import is_transposed, module, quantisation, read_weight
+from editunlearn.lm.weights import (
+    fetch_weight,
+    is_offloaded,
+    is_transposed,
+    module,
+    present,
+    quantisation,
+    read_weight,
+    shape,
+)
 
 
 class LoadedModel(Protocol):
@@ -138,8 +147,8 @@ class WeightDelta(Generic[F]):
 
         Each edited module gets a new parameter with the merged weight (float32 sum, one rounding), and its
         own parameter object back at the end, also after an exception; weights that are tied to it do not
-        change. A quantised module keeps its weight and gets the low-rank product added to its output. Blocks
-        can be nested.
+        change. A module that is quantised or offloaded keeps its weight and gets the product added to its output.
+        Blocks can be nested.
 
         Args:
             dtype: round merged weights to this dtype on the way (they stay in the weight's dtype), to see
@@ -152,7 +161,7 @@ class WeightDelta(Generic[F]):
         with ExitStack() as undo:
             for name, factors in self.factors.items():
                 target = module(lm.model, name)
-                if quantisation(lm.model, name) is not None:
+                if quantisation(lm.model, name) is not None or is_offloaded(target):
                     undo.callback(target.register_forward_hook(_adding(factors)).remove)
                 else:
                     undo.callback(_swap_weight, target, target._parameters["weight"])
@@ -264,21 +273,21 @@ def compose(first: LowRankDelta, second: LowRankDelta, *, sequential: bool = Fal
 
 
 def check_fits(manifest: BaseManifest, model: nn.Module) -> None:
-    """Makes sure that every edited module is there, in the right shape and in memory.
+    """Makes sure that every edited module is there, in the right shape and with weights.
 
     Raises:
-        InputError: with all problems; UnsupportedError for a weight that is offloaded.
+        InputError: with all problems; UnsupportedError for a weight that is not there.
     """
     problems: list[str] = []
     for name, site in manifest.sites.items():
         try:
-            shape = shape_of(model, name)
+            found = shape(model, name)
         except InputError as error:
             problems.extend(error.problems)
             continue
-        if shape != site.shape:
+        if found != site.shape:
             problems.append(
-                f"{name} is {shape[0]} x {shape[1]} (out x in) in this model, but the delta changes "
+                f"{name} is {found[0]} x {found[1]} (out x in) in this model, but the delta changes "
                 f"{site.shape[0]} x {site.shape[1]}; it was made for {manifest.base.name}."
             )
         stored_weight(model, name)  # raises when it is offloaded
@@ -290,7 +299,7 @@ def base_norm(model: nn.Module, name: str) -> float | None:
     """Frobenius norm of a module's weight in float64; None for a packed quantised weight."""
     if quantisation(model, name) is not None:
         return None
-    return frobenius(read_weight(model, name))
+    return frobenius(fetch_weight(model, name))
 
 
 def frobenius(matrix: Tensor) -> float:
@@ -303,27 +312,19 @@ def stored_weight(model: nn.Module, name: str) -> Tensor:
 
     Raises:
         InputError: no such module.
-        UnsupportedError: it has no weight that can be read, or the weight is offloaded.
+        UnsupportedError: it has no weight that can be read.
     """
     child = module(model, name)
-    packed = (getattr(child, key, None) for key in ("weight", "qweight", "W_q", "weight_packed"))
-    found = next((tensor.detach() for tensor in packed if isinstance(tensor, Tensor)), None)
+    with present(child):
+        packed = (getattr(child, key, None) for key in ("weight", "qweight", "W_q", "weight_packed"))
+        found = next((tensor.detach() for tensor in packed if isinstance(tensor, Tensor)), None)
     if quantisation(model, name) is None:
-        found = read_weight(model, name)
+        found = fetch_weight(model, name)
     if found is None:
         raise UnsupportedError(f"{name} ({type(child).__name__}) is quantised in a way that cannot be read.")
     if found.is_meta:
-        raise UnsupportedError(f"{name} is offloaded; load the model without disk or CPU offload.")
+        raise UnsupportedError(f"{name} has no weights: it is on the meta device. Load the model with its weights.")
     return found
-
-
-def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
-    """(out, in) of a linear map, packed or not."""
-    if quantisation(model, name) is None:
-        out, inner = read_weight(model, name).shape
-        return out, inner
-    child: Any = module(model, name)
-    return int(child.out_features), int(child.in_features)
 
 
 @torch.no_grad()

@@ -31,7 +31,10 @@ def beside(model: nn.Module, memories: Mapping[str, Memory], watcher: Watcher) -
     with ExitStack() as entered:
         for name, memory in memories.items():
             target = model.get_submodule(name)
-            here = memory.to(next(target.parameters()).device)
+            device = next(target.parameters()).device
+            if device.type == "meta":  # offloaded by accelerate
+                device = getattr(target, "_hf_hook").execution_device  # noqa: B009 - torch types attributes as tensors
+            here = memory.to(device)
             entered.enter_context(on_output(target, here.change(name, watcher)))
         yield
 

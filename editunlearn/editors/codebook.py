@@ -12,6 +12,7 @@ from editunlearn.editors import keys, values
 from editunlearn.editors.memory_flow import Fitted, Stage
 from editunlearn.editors.value_types import Problem, Replacing, Store
 from editunlearn.hparams.pieces import OneValue
+from editunlearn.lm.weights import shape
 from editunlearn.numerics.codebook import Balls, balls, clear_of
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _values(stage: Stage[HParams], made: Balls, rows: list[Row]) -> Tensor:
     )
     start = None
     if hp.start == "cold":
-        width = stage.lm.layout.read_weight(stage.lm.model, stage.site.name).shape[0]
+        width = shape(stage.lm.model, stage.site.name)[0]
         start = torch.rand(len(problems), 1, width, generator=torch.Generator().manual_seed(stage.hp.seed))
     with stage.console.progress(len(problems), "values (entries)") as bar:
         found = values.optimise(

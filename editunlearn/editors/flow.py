@@ -21,6 +21,7 @@ from editunlearn.editors.value_types import Values
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.attention import short_rows
+from editunlearn.lm.freeing import give_back
 from editunlearn.lm.hooks import frozen, low_rank_hook, on_output, stack
 from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
@@ -109,6 +110,7 @@ class Flow:
         parts, self.parts = chunks.split(rows, self.hp.chunks)
         self.groups = self._merged(parts, sites[0])
         wanted = self._values(parts, keep, sites)
+        give_back()
         return self.lm.among.by_first(lambda: self._written(sites, rows, parts, keep, second, wanted))
 
     def _written(
@@ -122,6 +124,7 @@ class Flow:
     ) -> Fit:
         """Values turned into a change of weights; ``parts`` are the rows, or chunks of them."""
         factors, solved = self.solve(sites, parts, keep, second, found)
+        give_back()
         if self.hp.refine is not None:
             factors = self._refine(factors, solved, rows, keep)
         _check_finite(factors)
@@ -185,6 +188,7 @@ class Flow:
         """Site after site, each on the model as the earlier ones left it (MEMIT, algorithm 1)."""
         lm = self.lm
         kept = self._kept_keys(sites, rows, keep, second)
+        give_back()
         factors: dict[str, Pair] = {}
         solved: dict[str, SiteProblem] = {}
         read = reading.reader(lm, rows.keys, sites, self.console.warn)

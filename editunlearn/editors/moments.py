@@ -17,6 +17,7 @@ from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.batching import by_length, chunks
 from editunlearn.lm.fingerprint import model_fingerprint
+from editunlearn.lm.weights import device_of, shape
 from editunlearn.lm.windows import windows
 from editunlearn.numerics import solve
 from editunlearn.numerics.moments import SecondMoment
@@ -55,7 +56,7 @@ def pieces(lm: LM, sites: Sequence[Site], hp: Moments) -> list[list[int]]:
     Raises:
         InputError: it has no tokens at all.
     """
-    widest = max(lm.layout.read_weight(lm.model, s.name).shape[1] for s in sites)
+    widest = max(shape(lm.model, s.name)[1] for s in sites)
     found = list(windows(lm, documents(hp.text), hp.length, hp.budget(widest)))
     if not found:
         raise InputError(f"moments.text: {hp.text!r} has no text in it.")
@@ -124,7 +125,7 @@ def get(
         "windows": hashlib.sha256(repr(windows_of_text).encode()).hexdigest(),
     }
     stores = {s.name: Workspace(_root(cache), {**inputs, "site": s.name}, fresh=fresh) for s in sites}
-    widths = {s.name: int(lm.layout.read_weight(lm.model, s.name).shape[1]) for s in sites}
+    widths = {s.name: shape(lm.model, s.name)[1] for s in sites}
     found = {name: SiteMoment(widths[name], store) for name, store in stores.items() if store.holds("moment")}
     lacking = among.union([s.name for s in sites if s.name not in found])  # processes may have caches of their own
     missing = [s for s in sites if s.name in lacking]
@@ -185,10 +186,10 @@ def _measure(
 
 def _of_all(lm: LM, site: Site, sums: dict[str, SecondMoment], among: Processes) -> SecondMoment:
     """The sum over all processes, each of which may have had nothing to add."""
-    weight = lm.layout.read_weight(lm.model, site.name)
-    whole = sums.get(site.name, SecondMoment(weight.shape[1], weight.device))
-    whole.total = among.add(whole.total.to(weight.device))
-    whole.count = int(among.add(torch.tensor(whole.count, device=weight.device)))
+    device = device_of(lm.layout.module(lm.model, site.name))
+    whole = sums.get(site.name, SecondMoment(shape(lm.model, site.name)[1], device))
+    whole.total = among.add(whole.total.to(device))
+    whole.count = int(among.add(torch.tensor(whole.count, device=device)))
     return whole
 
 

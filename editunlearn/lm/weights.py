@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from editunlearn.errors import InputError, UnsupportedError
@@ -50,7 +56,22 @@ def read_weight(model: nn.Module, name: str) -> Tensor:
 
     Raises:
         InputError: no such module.
-        UnsupportedError: it has no two-dimensional floating-point weight (quantised, or not a linear map).
+        UnsupportedError: it has no two-dimensional floating-point weight (quantised, or not a linear map), or that is
+            offloaded.
+    """
+    if is_offloaded(module(model, name)):
+        raise UnsupportedError(
+            f"{name} is offloaded, so that it cannot be changed in memory. Merge files (editunlearn export), "
+            "train a LoRA (train.what=lora), or load the model without offload."
+        )
+    return fetch_weight(model, name)
+
+
+def fetch_weight(model: nn.Module, name: str) -> Tensor:
+    """The same, only to be read: one that is offloaded is fetched.
+
+    Raises:
+        InputError, UnsupportedError: as :func:`read_weight`.
     """
     child = module(model, name)
     how = quantisation(model, name)
@@ -58,11 +79,65 @@ def read_weight(model: nn.Module, name: str) -> Tensor:
         raise UnsupportedError(
             f"{name} is {how}; merging would round the edit away. Use --save lora, or load in bfloat16."
         )
-    weight = getattr(child, "weight", None)
+    with present(child):
+        weight = getattr(child, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise UnsupportedError(f"{name} ({type(child).__name__}) has no (out, in) floating-point weight to edit.")
     weight = weight.detach()
     return weight.t() if is_conv1d(child) else weight
+
+
+@contextmanager
+def present(child: nn.Module) -> Iterator[None]:
+    """A module's own parameters and buffers are in memory inside, where accelerate keeps them elsewhere."""
+    if getattr(child, "_hf_hook", None) is None or not any(t.is_meta for t in _own(child)):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(child):
+        yield
+
+
+def _own(child: nn.Module) -> list[Tensor]:
+    return [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+
+
+def is_offloaded(child: nn.Module) -> bool:
+    """True when a module's weights are fetched by accelerate for each pass, and not in memory between."""
+    hook = getattr(child, "_hf_hook", None)
+    return hook is not None and bool(getattr(hook, "offload", False)) and any(t.is_meta for t in _own(child))
+
+
+def device_of(child: nn.Module) -> torch.device:
+    """Where a module with a ``weight`` computes."""
+    found: Any = child.weight.device
+    if found.type == "meta" and is_offloaded(child):
+        found = torch.device(child._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
+    return torch.device(found)
+
+
+def shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of a linear map, packed or not."""
+    child: Any = module(model, name)
+    if quantisation(model, name) is not None:
+        return int(child.out_features), int(child.in_features)
+    weight = getattr(child, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise UnsupportedError(f"{name} ({type(child).__name__}) has no (out, in) floating-point weight to edit.")
+    out, width = weight.shape
+    return (int(width), int(out)) if is_conv1d(child) else (int(out), int(width))
+
+
+def root_mean_square(model: nn.Module, name: str) -> float:
+    """Of the entries of a linear map; those of a packed one are seen in what it makes of random inputs."""
+    if quantisation(model, name) is None:
+        return float(fetch_weight(model, name).float().square().mean().sqrt())
+    width, child = shape(model, name)[1], module(model, name)
+    signs = torch.randint(0, 2, (64, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    with torch.no_grad():
+        zero, seen = (child(x.to(device_of(child))).float() for x in (torch.zeros_like(signs[:1]), signs))
+    return float((seen - zero).square().mean().sqrt()) / math.sqrt(width)
 
 
 def quantisation(model: nn.Module, name: str) -> str | None:

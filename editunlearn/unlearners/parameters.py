@@ -19,7 +19,7 @@ from editunlearn.deltas.lowrank import Factors, base_norm
 from editunlearn.errors import InputError
 from editunlearn.lm.hooks import low_rank_hook, on_output, stack
 from editunlearn.lm.layout import resolve_layers
-from editunlearn.lm.weights import linear_maps, module
+from editunlearn.lm.weights import device_of, linear_maps, module, shape
 
 if TYPE_CHECKING:
     from editunlearn.hparams import Train, UnlearnerHParams
@@ -70,8 +70,8 @@ class Adapters:
         draw = torch.Generator().manual_seed(seed)
         for name in names:
             target = module(lm.model, name)
-            out, width = _shape(lm, name)
-            device = next(target.parameters()).device
+            out, width = shape(lm.model, name)
+            device = device_of(target)
             bound = 1 / math.sqrt(width)  # as in peft: kaiming_uniform with a = sqrt(5)
             right = torch.empty(hp.rank, width).uniform_(-bound, bound, generator=draw)
             self.put(name, torch.zeros(out, hp.rank, device=device), right.to(device))
@@ -144,9 +144,3 @@ def restrict(trained: Trained, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         if (found := trained.values[name].grad) is not None:
             found.mul_(mask)
-
-
-def _shape(lm: LM, name: str) -> tuple[int, int]:
-    from editunlearn.deltas.lowrank import shape_of
-
-    return shape_of(lm.model, name)
