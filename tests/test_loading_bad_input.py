@@ -80,7 +80,7 @@ def test_bad_folders(files: dict[str, str], words: str, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"dtype": "bfloat61"}, r"'bfloat61' is not one of auto, float32.*Did you mean 'bfloat16'"),
-        ({"dtype": torch.int3}, "'int3' is not one of"),
+        ({"dtype": torch.int8}, "'int8' is not one of"),
         ({"device_map": "gpu"}, "'gpu' is neither a device"),
         ({"device_map": "cuda:99"}, "CUDA devices here"),
         ({"revision": "main"}, "is for hub ids"),

@@ -259,12 +259,13 @@ def check_chat(name: str, revision: str | None, chat: Chat) -> None:
 
 def asked_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """None for ``auto``, and where weights are rounded."""
+    named = isinstance(dtype, str)  # torch.int8 is no way to load a model
     if isinstance(dtype, torch.dtype):
         dtype = dtype_name(dtype)
     short = _SHORT.get(dtype, dtype)
     if short == "auto":
         return None
-    if short in ROUNDED:
+    if named and short in ROUNDED:
         if find_spec("bitsandbytes") is None:
             raise InputError(f"dtype {dtype!r} needs bitsandbytes: pip install 'editunlearn[quant]'.")
         return None
