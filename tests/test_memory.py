@@ -310,7 +310,7 @@ def test_bad_requests(method: str) -> None:
         editors.fit(lm, ForgetRequest(()), settings(method, ""))
     with pytest.raises(InputError, match="have no target"):
         editors.fit(lm, ForgetRequest((fact(0, None),)), settings(method, ""))
-    with pytest.raises(InputError, match="a memory is of one layer"):
+    with pytest.raises(InputError, match="this method is of one layer"):
         settings(method, "", "layers=[0, 1]")
     with pytest.raises(InputError):
         editors.fit(lm, request(), settings(method, "", "layers=[9]"))
