@@ -64,7 +64,8 @@ def killed(world: World) -> Iterator[tuple[Path, list[str], Called]]:
         with pytest.raises(Killed):
             call("compare", *words)
         patch.setattr(Asking, "ask", ask)
-        yield out, edited, call("compare", *words)
+        finished = call("compare", *words)
+    yield out, edited, finished
 
 
 def test_a_killed_comparison_goes_on(killed: tuple[Path, list[str], Called]) -> None:

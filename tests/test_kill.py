@@ -23,7 +23,7 @@ from runs import World, build, environment, listing, quietly
 from editunlearn.workspace import Workspace
 
 SETTINGS = [
-    *("layers=[0, 1]", "context_prefixes.count=2", "batch_tokens=64", "value.steps=25", "value.stop_loss=0"),
+    *("layers=[0, 1]", "context_prefixes.count=2", "batch_tokens=8", "value.steps=40", "value.stop_loss=0"),
     *("refine.steps=13", "refine.text_length=32", "refine.floor=0", "moments.length=32", "moments.tokens=1000"),
 ]
 KILLS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.95)
