@@ -5,8 +5,8 @@
 
 The default reads the shipped text. Ten times as many tokens are that text, then the files of ``--reading``, which must
 not hold the text that perplexity is measured on (here WikiText's validation part and the first half of its test part).
-The text that lookalikes are looked for in grows with it, as it does for a user. Refine is left out: it would repair what
-a poor moment had broken. A finished run is not repeated.
+The text that lookalikes are looked for in grows with it, as it does for a user. Refine is left out: it would repair
+what a poor moment had broken. A finished run is not repeated.
 """
 
 from __future__ import annotations

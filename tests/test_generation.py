@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from lm_rows import TEXTS, plain, prompts, rows
 from torch import Tensor
 
 from editunlearn.editors import keys
-from editunlearn.lm import generation
+from editunlearn.lm import batching, generation
 from editunlearn.lm.batching import by_length, chunks, halving, out_of_memory
 from editunlearn.lm.generation import context_prefixes, generate
 from editunlearn.lm.hooks import read_inputs
@@ -129,6 +130,26 @@ def test_perplexity() -> None:
 
 
 # --- batching
+
+
+def test_tight_batches_leave_the_least_to_do() -> None:
+    def cost(batches: list[list[int]]) -> int:
+        return sum(len(part) * max(lengths[i] for i in part) + batching.A_PASS for part in batches)
+
+    lengths = [30, 8, 9, 31, 8, 8, 29, 90]
+    order = sorted(range(8), key=lambda i: (-lengths[i], i))
+    ways = []
+    for cuts in itertools.product((False, True), repeat=7):
+        parts = [[order[0]]]
+        for i, cut in zip(order[1:], cuts, strict=True):
+            parts.append([i]) if cut else parts[-1].append(i)
+        if all(len(part) * max(lengths[i] for i in part) <= 160 or len(part) == 1 for part in parts):
+            ways.append(parts)
+    found = batching.tightly(lengths, 160)
+    assert [i for part in found for i in part] == order
+    assert found in ways and cost(found) == min(map(cost, ways)) < cost(by_length(lengths, 160))
+    assert batching.tightly([100], 12) == [[0]] and batching.tightly([], 12) == []
+    assert batching.tightly([5] * 4, 1000) == [[0, 1, 2, 3]]
 
 
 def test_batches_by_length() -> None:

@@ -106,6 +106,28 @@ def test_rows_count_by_what_they_still_lack(monkeypatch: pytest.MonkeyPatch, mos
     torch.testing.assert_close(left.grad, wanted, rtol=1e-3, atol=1e-7)
 
 
+def test_what_is_left_out_of_a_step_changes_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, ran = tiny.lm(), [0]
+    lm.model.register_forward_pre_hook(
+        lambda _module, _args, given: ran.__setitem__(0, ran[0] + given["input_ids"].numel()), with_kwargs=True
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(flow, "refine", lambda *args, **more: seen.append((args, more)) or refine.refine(*args, **more))
+    editors.fit(lm, request((0, 1, 2), (3,)), settings("memit", text, "refine.steps=3"))
+    (args, more), found = seen[0], []
+    for plainly in (False, True):
+        if plainly:
+            monkeypatch.setattr(objective, "tightly", lambda lengths, tokens: [list(range(len(lengths)))])
+            monkeypatch.setattr(objective.Batch, "but_last", lambda padded: padded)
+        ran[0] = 0
+        left = refine.refine(*args, **{k: more[k] for k in ("units", "kept_keys", "seed")})
+        found.append((ran[0], left))
+    (few, ours), (many, plain) = found
+    assert few < 0.8 * many, (few, many)
+    for name, (before, _) in args[1].items():
+        assert float((ours[name] - plain[name]).norm()) < 1e-3 * float((plain[name] - before).norm())
+
+
 def run_of(schedule: Schedule, learned_at: int) -> list[float]:
     """Rates of a run in which the facts are learned after ``learned_at`` steps."""
     rates: list[float] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from editunlearn.lm.batching import by_length, halving
+from editunlearn.lm.batching import by_length, halving, tightly
 from editunlearn.lm.head import Head, hidden_of
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Batch, Row, batch
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def hidden_at_targets(lm: LM, padded: Batch) -> Tensor:
     """States before the head that predict the target tokens of a batch, (number of target tokens, width)."""
-    return hidden_of(lm, padded.targets, lambda: forward(lm.model, padded))
+    run = padded.but_last()
+    return hidden_of(lm, run.targets, lambda: forward(lm.model, run))
 
 
 class Gradient:
@@ -48,7 +49,9 @@ class Gradient:
                     value.grad = before[name]
                 raise
 
-        halving(by_length([len(r.ids) for r in rows], self.batch_tokens), undone, self.warn)
+        on_cpu = all(value.device.type == "cpu" for value in self.left.values())
+        divide = tightly if on_cpu else by_length  # a GPU is faster with few passes than with little padding
+        halving(divide([len(r.ids) - 1 for r in rows], self.batch_tokens), undone, self.warn)
 
     def scale(self, factor: float) -> None:
         """Multiply what has been summed up."""

@@ -11,6 +11,9 @@ T = TypeVar("T")
 TOKENS = 4096
 """Padded tokens of one batch when nothing else is asked for."""
 
+A_PASS = 48
+"""Tokens that a pass costs beside those in it: reading the weights, and operations that take their time at any size."""
+
 
 def by_length(lengths: Sequence[int], tokens: int = TOKENS, most: int | None = None) -> list[list[int]]:
     """Indices of the items in batches of at most ``tokens`` padded tokens (at least one item each), longest first."""
@@ -22,6 +25,31 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS, most: int | None = N
         else:
             batches.append([i])
     return batches
+
+
+def tightly(lengths: Sequence[int], tokens: int = TOKENS) -> list[list[int]]:
+    """Batches like those of :func:`by_length` that leave the least to do, on a device that computes padding, too.
+
+    Of the rows sorted by length each batch is some in a row; what a batch costs is its padded tokens and ``A_PASS``.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best, cut = [0], [0]  # of the first so many rows: the least cost, and where the last batch begins
+    for end in range(1, len(order) + 1):
+        costs = []
+        for start in range(end - 1, -1, -1):
+            padded = (end - start) * lengths[order[start]]
+            if padded > tokens and end - start > 1:
+                break
+            costs.append((best[start] + padded + A_PASS, start))
+        cost, start = min(costs)
+        best.append(cost)
+        cut.append(start)
+    batches: list[list[int]] = []
+    end = len(order)
+    while end:
+        batches.append(order[cut[end] : end])
+        end = cut[end]
+    return batches[::-1]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ Nothing is decoded and encoded again, and user text never goes through ``str.for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -193,6 +193,14 @@ class Batch:
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
         }
+
+    def but_last(self) -> Batch:
+        """Without the last column: nothing is behind it to be predicted, so that it need not be run.
+
+        Rows are padded on the right and have targets.
+        """
+        names = ("input_ids", "attention_mask", "position_ids", "targets")
+        return replace(self, **{name: getattr(self, name)[:, :-1] for name in names})
 
     def at_lookup(self, states: Tensor) -> Tensor:
         """What stands at each row's lookup token, (batch, width), of a module's states on whatever device it runs."""
