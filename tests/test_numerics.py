@@ -84,7 +84,7 @@ def test_rome_of_one_fact(seed: int, retain: bool, past: bool, consistent: bool)
     p = Random(seed, 1)
     ours, theirs = preserved(p, retain, past)
     written = p.keys[0] if consistent else p.bare[0]
-    row = solve.rank_one(p.keys[0], written, solve.factor(ours))
+    row = solve.rank_one(p.keys[:1], written[None], solve.factor(ours))
     v = p.weight @ written + p.residuals[0]
     if consistent:
         literal = reference.r_rome_update(p.weight, theirs, p.keys[0], v)
@@ -100,7 +100,7 @@ def test_rome_sequence_is_literally_one_after_the_other(seed: int, n: int, consi
     p = Random(seed, n)
     lower = solve.factor(solve.preservation(p.c, 1.0))
     written = p.keys if consistent else p.bare
-    rows = torch.cat([solve.rank_one(m, k, lower) for m, k in zip(p.keys, written, strict=True)])
+    rows = solve.rank_one(p.keys, written, lower)
     left = solve.sequential_residuals(p.residuals, rows, written)
     weight = p.weight.clone()
     for mean, key, residual in zip(p.keys, written, p.residuals, strict=True):
@@ -171,7 +171,7 @@ def test_memit_is_emmet_with_ridge_one(seed: int) -> None:
 def test_rome_is_emmet_of_one_fact_without_ridge(seed: int) -> None:
     p = Random(seed, 1)
     lower = solve.factor(p.c)
-    close(solve.rank_one(p.keys[0], p.keys[0], lower), solve.recognisers(p.keys, lower, 0.0))
+    close(solve.rank_one(p.keys[:1], p.keys[:1], lower), solve.recognisers(p.keys, lower, 0.0))
     literal = reference.rome_update(p.weight, p.c, p.keys[0], p.keys[0], p.weight @ p.keys[0] + p.residuals[0])
     close(reference.emmet_update(p.c, p.keys.T, p.residuals.T, 0.0), literal)
 
@@ -206,7 +206,7 @@ def test_many_rows_are_as_few_with_the_same_products() -> None:
 
 def test_the_scale_of_the_moment_does_not_matter_to_rome() -> None:
     p = Random(0, 1)
-    one, many = (solve.rank_one(p.keys[0], p.bare[0], solve.factor(solve.preservation(p.c, w))) for w in (1.0, 3e4))
+    one, many = (solve.rank_one(p.keys[:1], p.bare[:1], solve.factor(solve.preservation(p.c, w))) for w in (1.0, 3e4))
     close(one, many)
 
 
@@ -227,7 +227,7 @@ def test_retained_keys_change_less() -> None:
 def test_no_moment_is_the_identity() -> None:
     p = Random(0, 3)
     assert torch.equal(solve.preservation(None, 5.0, dim=IN), torch.eye(IN, dtype=torch.float64))
-    row = solve.rank_one(p.keys[0], p.keys[0], solve.factor(solve.preservation(None, 1.0, dim=IN)))
+    row = solve.rank_one(p.keys[:1], p.keys[:1], solve.factor(solve.preservation(None, 1.0, dim=IN)))
     close(row[0], p.keys[0] / p.keys[0].square().sum())
 
 

@@ -46,8 +46,12 @@ def solve(problem: SiteProblem, hp: HParams) -> tuple[Tensor, Tensor]:
 
     project = _null_space(problem, hp)
     held = torch.cat([problem.past, hp.retain.weight**0.5 * problem.retain])
-    text = hp.moments.weight * problem.moment.double() if hp.nullspace.soft and problem.moment is not None else None
-    rows = solve.projected_recognisers(problem.keys, project, hp.nullspace.l2, held, text, hp.limits.condition)
+    text = None
+    if hp.nullspace.soft and problem.moment is not None:
+        text = solve.preservation(problem.moment, hp.moments.weight, route=problem.route)
+    rows = solve.projected_recognisers(
+        problem.keys, project, hp.nullspace.l2, held, text, hp.limits.condition, problem.route
+    )
     return problem.residuals.double().T, rows
 
 
@@ -55,13 +59,14 @@ def _null_space(problem: SiteProblem, hp: HParams) -> Projector:
     from editunlearn.numerics import projector, solve
 
     share = hp.retain.weight / hp.moments.weight
-    moment = solve.preservation(problem.moment, 1.0, problem.retain, share, dim=problem.keys.shape[1])
+    nullspace, route = hp.nullspace, problem.route
 
     def make() -> dict[str, Tensor]:
-        found = projector.null_space(moment, hp.nullspace.threshold, relative=hp.nullspace.relative)
+        moment = solve.preservation(problem.moment, 1.0, problem.retain, share, dim=problem.keys.shape[1], route=route)
+        found = projector.null_space(moment, nullspace.threshold, relative=nullspace.relative, route=route)
         return {"removed" if found.removes else "left": found.basis}
 
     own = share > 0 and len(problem.retain) > 0  # facts to keep take part: it serves this request alone
     kind = "relative" if hp.nullspace.relative else "absolute"
     kept = make() if own else problem.derived(f"null-space-{hp.nullspace.threshold}-{kind}", make)
-    return projector.Projector(next(iter(kept.values())), "removed" in kept)
+    return projector.Projector(next(iter(kept.values())).to(route.device), "removed" in kept)

@@ -21,11 +21,14 @@ from editunlearn.editors.value_types import Values
 from editunlearn.errors import InputError, NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.attention import short_rows
+from editunlearn.lm.batching import out_of_memory
 from editunlearn.lm.freeing import give_back
 from editunlearn.lm.hooks import frozen, low_rank_hook, on_output, stack
 from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
+from editunlearn.lm.weights import device_of
 from editunlearn.lm.windows import windows
+from editunlearn.numerics.route import Route, able
 from editunlearn.numerics.solve import compact
 
 if TYPE_CHECKING:
@@ -228,6 +231,11 @@ class Flow:
             moment=measured.moment if measured is not None else None,
             retain=kept.get(site.name, raw[:0]),
             past=torch.cat(past),
+            route=Route(
+                able(device_of(self.lm.layout.module(self.lm.model, site.name))),
+                self.hp.solve.precision,
+                lambda said: self.console.info(f"{site.name}: {said}"),
+            ),
             derived=measured.derived if measured is not None else made_anew,
         )
 
@@ -236,7 +244,14 @@ class Flow:
             found: Pair = self.method.solve(problem, self.hp)
         except ValueError as error:
             raise NumericalError(f"{site.name}: {error}") from error
-        return found
+        except RuntimeError as error:
+            if not out_of_memory(error) or problem.route.device.type == "cpu":
+                raise
+        else:
+            return found
+        self.console.warn(f"{site.name}: the device has no room for the solve; it is done on the CPU")
+        torch.cuda.empty_cache()
+        return self._solved(site, replace(problem, route=replace(problem.route, device=torch.device("cpu"))))
 
     def _kept_keys(
         self, sites: list[Site], rows: ForgetRows, keep: list[Fact], second: dict[str, SiteMoment]

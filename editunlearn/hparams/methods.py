@@ -66,6 +66,7 @@ class EditorHParams(InContextHParams):
     value: pieces.Value = Field(default_factory=pieces.Value, description="How the new values are optimised.")
     moments: pieces.Moments = Field(default_factory=pieces.Moments, description="Second moment of the keys over text.")
     retain: pieces.Retain = Field(default_factory=pieces.Retain, description="Preservation of retain facts.")
+    solve: pieces.Solve = Field(default_factory=pieces.Solve, description="How its systems are solved.")
     refine: pieces.Refine | None = Field(
         default_factory=pieces.Refine, description="Training after the closed form; null for the closed form alone."
     )

@@ -106,6 +106,16 @@ class NullSpace(Piece):
     )
 
 
+class Solve(Piece):
+    """How the closed form's systems are solved."""
+
+    precision: Literal["auto", "float64", "refined"] = Field(
+        default="auto",
+        description="refined: factored in float32 and refined to float64. auto: that on GPUs with slow float64, for "
+        "few facts; else float64.",
+    )
+
+
 class Merge(Piece):
     """Facts that share a value, and perhaps a key (query merging); null: each has its own."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from editunlearn.numerics.route import CPU, Route
+
 
 @dataclass(frozen=True)
 class Projector:
@@ -26,7 +28,7 @@ class Projector:
         return rows - inside if self.removes else inside
 
 
-def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Projector:
+def null_space(moment: Tensor, threshold: float, *, relative: bool = True, route: Route = CPU) -> Projector:
     """Projector off the directions in which typical keys lie: eigenvectors of ``C`` at or above the threshold.
 
     Args:
@@ -36,15 +38,18 @@ def null_space(moment: Tensor, threshold: float, *, relative: bool = True) -> Pr
     Raises:
         ValueError: nothing is left to edit in (every direction is protected), or nothing is protected.
     """
-    values, vectors = torch.linalg.eigh(moment.double())
+    # Float64 on every device: float32 mixes directions whose eigenvalues differ by less than 1e-7 of the largest one,
+    # which belongs to the mean activation, and so do hundreds of them around the threshold.
+    values, vectors = torch.linalg.eigh(moment.to(route.device, torch.float64))
     limit = threshold * float(values.mean()) if relative else threshold
-    protected = values >= limit
+    protected = int((values >= limit).sum())  # the last ones, as values ascend
     kind = "relative" if relative else "absolute"
-    if protected.all():
+    if protected == len(values):
         raise ValueError(
             f"no null space: all {len(values)} eigenvalues are above the {kind} threshold {threshold}; raise it"
         )
-    if not protected.any():
+    if protected == 0:
         raise ValueError(f"nothing protected: all eigenvalues are below the {kind} threshold {threshold}; lower it")
-    removes = int(protected.sum()) <= len(values) // 2
-    return Projector(vectors[:, protected if removes else ~protected].contiguous(), removes)
+    removes = protected <= len(values) // 2
+    free = len(values) - protected
+    return Projector((vectors[:, free:] if removes else vectors[:, :free]).contiguous(), removes)

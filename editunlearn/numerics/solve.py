@@ -10,11 +10,13 @@ one row a fact. A recogniser answers about 1 to its own key and about 0 to what 
 * AlphaEdit (arXiv 2410.02355, eq. 14): keys projected to the null space first, no ``A`` but ``l2 * I``
 
 ``A = w C + mu K_r^T K_r`` holds what is preserved: generic text through ``C``, named facts through their keys ``K_r``.
-All rows are keys: ``K`` is (n, d_in), the transpose of the papers' notation. Everything is computed in float64.
+All rows are keys: ``K`` is (n, d_in), the transpose of the papers' notation. Everything is computed in float64, or
+refined to it, on the device of a :class:`Route`; keys come to it, and what is found goes back, a piece at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,9 +24,14 @@ import torch
 from torch import Tensor
 
 from editunlearn.numerics.projector import Projector
+from editunlearn.numerics.refined import Refined
+from editunlearn.numerics.route import CPU, Route
 
 JITTER = 1e-10
 """Added to the diagonal of ``A`` relative to its mean, so that a moment of few tokens still has a Cholesky factor."""
+
+JITTERS = (JITTER, 1e-8, 1e-6, 1e-4)
+"""What is tried, one after the other."""
 
 DEPENDENT = 1e-12
 """Keys are dependent when less than this share of one's squared length is its own (equal keys differ by rounding)."""
@@ -37,8 +44,9 @@ def preservation(
     retain_weight: float = 0.0,
     *,
     dim: int = 0,
+    route: Route = CPU,
 ) -> Tensor:
-    """``A = weight * C + retain_weight * K_r^T K_r``, (d, d) float64.
+    """``A = weight * C + retain_weight * K_r^T K_r``, (d, d) float64 on the route's device.
 
     Args:
         moment: ``C`` (d, d); None stands for the identity (no second moment).
@@ -47,10 +55,12 @@ def preservation(
         retain_weight: how often each of them counts.
         dim: d, needed when ``moment`` is None.
     """
-    system = weight * moment.double() if moment is not None else torch.eye(dim, dtype=torch.float64)
+    if moment is not None:
+        system = moment.to(route.device, torch.float64, copy=True).mul_(weight)
+    else:
+        system = torch.eye(dim, dtype=torch.float64, device=route.device)
     if retain is not None and len(retain) and retain_weight > 0:
-        wide = retain.double()
-        system = system + retain_weight * (wide.T @ wide)
+        route.add_squares(system, retain, retain_weight)
     return system
 
 
@@ -97,11 +107,12 @@ class Inverse:
 
     def __init__(self, inverse: Tensor, weight: float, added: Tensor | None = None) -> None:
         self.inverse, self.weight = inverse, weight
-        self.added = added.double() if added is not None and len(added) else None
+        self.added = added.to(inverse) if added is not None and len(added) else None
         if self.added is not None:
             self._solved = self._plain(self.added)
-            gram = self.added @ self._solved.T
-            self._inner = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + gram
+            inner = self.added @ self._solved.T
+            inner.diagonal().add_(1.0)
+            self._inner = _factor_spd((inner + inner.T) / 2)
 
     def _plain(self, rows: Tensor) -> Tensor:
         # Few rows are multiplied fastest in whole registers and by a transposed matrix, which this one is as well:
@@ -114,40 +125,65 @@ class Inverse:
         found = self._plain(rows)
         if self.added is None:
             return found
-        return found - _solve_spd(self._inner, self.added @ found.T).T @ self._solved
+        return found - self._inner.solve(found @ self.added.T) @ self._solved
 
 
 def inverse(moment: Tensor) -> Tensor:
     """``C^-1`` (d, d) float64, with the jitter of :func:`factor`; raises what that raises."""
-    return torch.cholesky_inverse(factor(moment.double()).lower)
+    if not torch.isfinite(moment).all():
+        raise ValueError("the second moment is not finite")
+    return torch.cholesky_inverse(cholesky(moment.to(torch.float64, copy=True)).lower)
 
 
-def factor(system: Tensor) -> Factor:
-    """Cholesky factor of a positive semidefinite ``system`` (d, d), with a relative jitter.
+def factor(system: Tensor, route: Route = CPU, right: int = 0) -> Preserved:
+    """A positive semidefinite ``system`` (d, d) float64 on the route's device, with a relative jitter, to solve with.
+
+    Args:
+        right: how many right-hand sides there will be.
 
     Raises:
         ValueError: not positive definite even with 1e-4 of its mean diagonal added, or not finite.
     """
     if not torch.isfinite(system).all():
         raise ValueError("the preservation term is not finite")
-    mean = system.diagonal().mean()
-    eye = torch.eye(len(system), dtype=system.dtype, device=system.device)
-    for jitter in (JITTER, 1e-8, 1e-6, 1e-4):
-        lower: Tensor
-        lower, info = torch.linalg.cholesky_ex(system + jitter * mean * eye)
-        if int(info) == 0:
-            return Factor(lower)
+    if not route.refined(len(system), right):
+        return cholesky(system)
+    shifted, before = system.clone(), system.diagonal().clone()
+    shifted.diagonal().add_(JITTER * before.mean())
+
+    def exact() -> Callable[[Tensor], Tensor]:
+        shifted.diagonal().copy_(before)
+        return cholesky(shifted).solve
+
+    return Refined(shifted, exact, route.tell)
+
+
+def cholesky(system: Tensor) -> Factor:
+    """Float64 Cholesky factor of a finite ``system`` with a relative jitter; raises what :func:`factor` raises."""
+    before, mean = system.diagonal().clone(), float(system.diagonal().mean())
+    try:
+        for jitter in JITTERS:
+            # On the diagonal itself, which is put back: copies of a wide layer's system are gigabytes.
+            system.diagonal().copy_(before + jitter * mean)
+            lower: Tensor
+            lower, info = torch.linalg.cholesky_ex(system)
+            if int(info) == 0:
+                return Factor(lower)
+    finally:
+        system.diagonal().copy_(before)
     raise ValueError("the preservation term is not positive definite; measure the second moment on more text")
 
 
-def recognisers(keys: Tensor, preserved: Preserved, ridge: float, most: float | None = None) -> Tensor:
+def recognisers(
+    keys: Tensor, preserved: Preserved, ridge: float, most: float | None = None, route: Route = CPU
+) -> Tensor:
     """``B = (ridge * I + K Z)^-1 Z^T`` with ``Z = A^-1 K^T``.
 
     MEMIT is ridge 1, EMMET a small one, ROME one key and ridge 0.
 
     Args:
         keys: ``K`` (n, d_in).
-        preserved: ``A``.
+        preserved: ``A``, on the route's device.
         ridge: lambda >= 0.
         most: limit of the system's condition number, None for none.
 
@@ -157,19 +193,20 @@ def recognisers(keys: Tensor, preserved: Preserved, ridge: float, most: float | 
     Raises:
         ValueError: ridge 0 with linearly dependent keys, or a condition number above ``most``.
     """
-    wide = keys.double()
-    solved = preserved.solve(wide)
-    gram = wide @ solved.T
-    system = gram + ridge * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return _solve_spd(system, solved, exact=ridge == 0, most=most)
+    solved = route.each(keys, preserved.solve)
+    system = route.products(keys, solved)
+    system.diagonal().add_(ridge)
+    return _solve_spd(system, solved, exact=ridge == 0, most=most, route=route)
 
 
-def recognisers_of_many(keys: Tensor, system: Tensor, ridge: float, most: float | None = None) -> Tensor:
+def recognisers_of_many(
+    keys: Tensor, system: Tensor, ridge: float, most: float | None = None, route: Route = CPU
+) -> Tensor:
     """:func:`recognisers` for more keys than dimensions: ``B = K (ridge * A + K^T K)^-1``, of the size of ``A``.
 
     Args:
         keys: ``K`` (n, d_in).
-        system: ``A`` (d_in, d_in).
+        system: ``A`` (d_in, d_in), on the route's device.
         ridge: lambda > 0.
         most: limit of the condition number of the system of :func:`recognisers`, None for none.
 
@@ -179,29 +216,35 @@ def recognisers_of_many(keys: Tensor, system: Tensor, ridge: float, most: float 
     Raises:
         ValueError: ``A`` is not positive definite, or not finite, or the condition number is above ``most``.
     """
-    whole = ridge * system.double()
-    for part in torch.split(keys, len(system)):
-        whole += part.double().T @ part.double()
-    found = factor(whole).solve(keys.double())
+    found = route.each(keys, factor(route.add_squares(ridge * system, keys), route, len(keys)).solve)
     # With more keys than dimensions the smallest eigenvalue there is lambda, and the largest at least
     # lambda / (1 - h) for each key's answer h to itself.
-    own = float((found * keys.double()).sum(-1).max())
+    own = float((found * keys).sum(-1).max())
     check_condition(1 / max(1 - own, 1e-30), most)
     return found
 
 
-def _solve_spd(system: Tensor, right: Tensor, *, exact: bool = False, most: float | None = None) -> Tensor:
-    """``system^-1 right``; ``exact``: nothing was added to the diagonal, so that rounding may hide dependent keys."""
-    system = (system + system.T) / 2
+def _solve_spd(
+    system: Tensor, right: Tensor, *, exact: bool = False, most: float | None = None, route: Route = CPU
+) -> Tensor:
+    """``system^-1 right``; ``exact``: nothing was added to the diagonal, so that rounding may hide dependent keys.
+
+    The factor is float64 on every device: its numbers are what the limits look at.
+    """
+    lower = _factor_spd((system + system.T) / 2, exact=exact).lower
+    # The squared ratio of the factor's diagonal never exceeds the condition number, and costs nothing.
+    check_condition(float((lower.diagonal().max() / lower.diagonal().min()) ** 2) if len(lower) else 1.0, most)
+    return route.each(right.T, lambda columns: torch.cholesky_solve(columns.T, lower).T).T
+
+
+def _factor_spd(system: Tensor, *, exact: bool = False) -> Factor:
     lower, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0 or (exact and bool((lower.diagonal() ** 2 < DEPENDENT * system.diagonal()).any())):
         raise ValueError(
             "the keys of the batch are linearly dependent: two facts share a subject, "
             "or there are more facts than dimensions"
         )
-    # The squared ratio of the factor's diagonal never exceeds the condition number, and costs nothing.
-    check_condition(float((lower.diagonal().max() / lower.diagonal().min()) ** 2) if len(lower) else 1.0, most)
-    return torch.cholesky_solve(right, lower)
+    return Factor(lower)
 
 
 def check_condition(found: float, most: float | None) -> None:
@@ -213,13 +256,16 @@ def check_condition(found: float, most: float | None) -> None:
         )
 
 
-def rank_one(mean_key: Tensor, key: Tensor, preserved: Preserved) -> Tensor:
-    """ROME's recogniser ``u^T / (u^T k)`` with ``u = A^-1 k_mean``, (1, d_in).
+def rank_one(mean_keys: Tensor, keys: Tensor, preserved: Preserved, route: Route = CPU) -> Tensor:
+    """ROME's recognisers ``u^T / (u^T k)`` with ``u = A^-1 k_mean``, each found alone, (n, d_in).
 
-    R-ROME is ``key = mean_key``; the original takes ``k_mean`` over contexts and ``key`` of the bare prompt.
+    R-ROME is ``keys = mean_keys``; the original takes ``k_mean`` over contexts and ``k`` of the bare prompt.
+
+    Args:
+        mean_keys, keys: (n, d_in).
     """
-    direction = preserved.solve(mean_key.double()[None])[0]
-    return (direction / (direction @ key.double()))[None]
+    directions = route.each(mean_keys, preserved.solve)
+    return directions / (directions * keys).sum(1, keepdim=True)
 
 
 def sequential_residuals(residuals: Tensor, rows: Tensor, keys: Tensor, most: float | None = None) -> Tensor:
@@ -253,29 +299,34 @@ def projected_recognisers(
     fixed: Tensor | None = None,
     moment: Tensor | None = None,
     most: float | None = None,
+    route: Route = CPU,
 ) -> Tensor:
     """AlphaEdit's rows: ``B = [(P (K^T K + F^T F + M) P + l2 I)^-1 P K^T]^T``, (n, d_in).
 
     Args:
         keys: ``K`` (n, d_in).
-        project: ``P``, off the directions that must not change.
+        project: ``P``, off the directions that must not change; its basis is on the route's device.
         l2: > 0.
         fixed: ``F`` (f, d_in), keys whose output must stay: those of earlier edits and of retained facts, or None.
-        moment: ``M`` (d_in, d_in), weighted second moment of text that counts in the free directions too; None for 0,
-            as published.
+        moment: ``M`` (d_in, d_in), weighted second moment of text that counts in the free directions too, on the
+            route's device; None for 0, as published.
         most: limit of the system's condition number, None for none.
 
     Without ``M`` the smaller of the two equivalent systems is solved: (n + f) square, or d_in square when there are
     more keys than dimensions.
     """
-    new = project(keys.double())
-    held = project(fixed.double()) if fixed is not None and len(fixed) else new[:0]
+    new = route.each(keys, project)
+    held = route.each(fixed, project) if fixed is not None and len(fixed) else new[:0]
     both = torch.cat([held, new])
     rows, dim = both.shape
     if moment is None and rows <= dim:
-        gram = both @ both.T + l2 * torch.eye(rows, dtype=both.dtype, device=both.device)
-        return _solve_spd(gram, both, most=most)[len(held) :]
-    system = both.T @ both + l2 * torch.eye(dim, dtype=both.dtype, device=both.device)
-    if moment is not None:
-        system += project(project(moment.double()).T)
-    return _solve_spd(system, new.T, most=most).T
+        system = route.products(both, both)
+        system.diagonal().add_(l2)
+        return _solve_spd(system, both, most=most, route=route)[len(held) :]
+    if moment is None:
+        system = torch.zeros(dim, dim, dtype=torch.float64, device=route.device)
+    else:
+        system = project(project(moment.double()).T)
+    route.add_squares(system, both)
+    system.diagonal().add_(l2)
+    return _solve_spd(system, new.T, most=most, route=route).T
