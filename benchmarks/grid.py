@@ -27,13 +27,15 @@ REQUESTS = 10
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: an hparams file with settings, so many facts, in one request (``batch``) or in ``REQUESTS``."""
+    """One run: an hparams file with settings, so many facts, in one request (``batch``) or in ``REQUESTS``, and what is
+    said instead of them. No two that differ in what is said may share a name."""
 
     name: str
     hparams: str
     facts: int
     way: str = "batch"
     set: tuple[str, ...] = ()
+    targets: str = DEFAULT_TARGETS
 
     def settings(self) -> Any:
         """The settings, checked."""
@@ -46,6 +48,7 @@ def flags(text: str) -> argparse.ArgumentParser:
     p.add_argument("--model", default="demo")
     p.add_argument("--facts", required=True, type=Path)
     p.add_argument("--text", required=True, type=Path, help="raw WikiText, for perplexity")
+    p.add_argument("--forget", type=Path, help="what to forget, known or not, instead of facts of --facts")
     p.add_argument("--sizes", type=int, nargs="+", help="facts to forget")
     p.add_argument("--retain", type=int, default=40)
     p.add_argument("--heldout", type=int, default=100)
@@ -78,7 +81,7 @@ def edited(
             earlier=tuple(forget[:start]),
         )
         delta, past = editors.run(
-            lm, request, cell.settings(), earlier=earlier, cache=cache, target_strategy=DEFAULT_TARGETS
+            lm, request, cell.settings(), earlier=earlier, cache=cache, target_strategy=cell.targets
         )
         earlier = Earlier(delta, past)
     return delta
@@ -114,23 +117,25 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, script: str) -> dict[st
     if not args.all:
         facts = [fact for fact, knows in zip(facts, known_by(lm, facts, cache), strict=True) if knows]
     most = max(cell.facts for cell in cells)
-    forget, retain, heldout = _split(facts, (most, args.retain, args.heldout), args.seed)
+    forget, retain, heldout = _split(facts, (0 if args.forget else most, args.retain, args.heldout), args.seed)
+    if args.forget:
+        forget = load_facts(args.forget)
     text = quality.wikitext(args.text, lm)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
     done["command"] = shlex.join(["python", script, *sys.argv[1:]])
     done["environment"] = dict(environment())
     for cell in cells:
         if len(forget) < cell.facts:
-            sys.stdout.write(f"{cell.name}, {cell.facts} facts: left out, the model knows {len(forget)}\n")
+            sys.stdout.write(f"{cell.name}, {cell.facts} facts: left out, there are {len(forget)}\n")
             continue
         sizes = [cell.facts, len(retain), len(heldout)]
         key = {"name": cell.name, "way": cell.way, "facts": cell.facts, "sizes": sizes, "seed": args.seed}
-        key |= {"model": args.model, "data": args.facts.name, "hparams": resolved(cell.settings())}
+        key |= {"model": args.model, "data": (args.forget or args.facts).name, "hparams": resolved(cell.settings())}
         key = json.loads(json.dumps(key))
         if any(all(there.get(k) == v for k, v in key.items()) for there in done["runs"]):
             continue
         own = with_targets(
-            lm, forget[: cell.facts], DEFAULT_TARGETS, seed=args.seed, retain=retain, cache=cache, console=console
+            lm, forget[: cell.facts], cell.targets, seed=args.seed, retain=retain, cache=cache, console=console
         )
         general = general_facts(lm, [*own, *heldout], retain, cache, console)
         parts = (own, retain, heldout)
@@ -199,17 +204,20 @@ def table(done: dict[str, Any]) -> str:
 
 
 def worse(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Sequential runs that fall more than 5 points behind their batch run, one line each."""
+    """Sequential runs that fall more than 5 points behind their batch run, one line each, or that there are none."""
     at_once = {(r["name"], r["facts"], r["seed"]): r["edited"] for r in runs if r["way"] == "batch"}
-    found = []
+    found, compared = [], 0
     for one in runs:
         other, now = at_once.get((one["name"], one["facts"], one["seed"])), one["edited"]
         if one["way"] == "batch" or other is None or now is None:
             continue
+        compared += 1
         for name, sign in (("leak", 1), ("refusal", -1), ("retain_accuracy", -1), ("heldout_accuracy", -1)):
             if sign * (now[name] - other[name]) > 0.05:
                 found.append(
                     f"- {one['name']}, {one['facts']} facts: {name} {other[name]:.1%} in batch, {now[name]:.1%} "
                     "sequentially: more than 5 points worse."
                 )
+    if compared and not found:
+        found.append(f"None of {compared} sequential runs is more than 5 points worse than the same facts in batch.")
     return found

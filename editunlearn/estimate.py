@@ -75,7 +75,7 @@ def work(cost: Cost, hp: MethodHParams, facts: Sequence[Fact], retain: Sequence[
         answers = tokens_of(f.answer for f in facts)
         stages["training, at most"] = unlearning.flops(hp, len(facts), asked + answers, answers, cost)
     elif isinstance(hp, MemoryHParams):
-        stages["keys of prompts to keep"] = depth * cost(16 * hp.keep, 0)
+        stages["keys of prompts to keep"] = depth * cost(16 * hp.keep + PASSAGE * hp.texts, 0)
         stages["training, at most"] = 2 * hp.training_steps * cost(rows, contexts * targets)
     elif isinstance(hp, BlockHParams):
         values = 2 * hp.value.steps * cost(rows, contexts * targets)

@@ -21,6 +21,7 @@ import memory
 import merging
 import peaks
 import processes
+import targets
 
 FEW = ["layers=[1]", "context_prefixes.count=1", "value.steps=2"]
 
@@ -49,7 +50,7 @@ def test_memories(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
     words = [*flags, "--methods", "grace", "--sizes", "1", "2", "99", "--set", *FEW]
     runs = call(memory.main, monkeypatch, *words)["runs"]
     assert [(r["facts"], r["way"]) for r in runs] == [(1, "batch"), (2, "batch"), (2, "sequential")]
-    assert "99 facts: left out, the model knows 3" in capsys.readouterr().out
+    assert "99 facts: left out, there are 3" in capsys.readouterr().out
     for run in runs:
         assert run["base"]["leak"] == 1.0 and run["edited"]["perplexity"] > 0 and run["edited"]["token_ms"] > 0
     table = Path(flags[-1]).with_suffix(".md").read_text()
@@ -77,6 +78,16 @@ def test_layers(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert [r["name"] for r in runs] == ["memit closed, auto", "memit closed, blocks 0-1", "memit closed, blocks 1-2"]
 
 
+def test_targets_of_facts_from_another_file(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"prompt": "The capital of Atlantis is", "subject": "Atlantis", "answer": "Poseidonia"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n")
+    words = [*flags, "--forget", str(tmp_path / "asked.jsonl"), "--sizes", "1", "--methods", "grace", "--set", *FEW]
+    runs = call(targets.main, monkeypatch, *words)["runs"]
+    assert [r["name"].split(", ")[1] for r in runs] == list(targets.TARGETS)
+    for run in runs:
+        assert run["data"] == "asked.jsonl" and run["sizes"] == [1, 1, 2] and run["base"]["leak"] == 0.0
+
+
 def test_processes(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "RUNS", {name: processes.RUNS[name] for name in ("one process", "two processes")})
     words = ["--model", flags[1], "--tokens", "600", "--out", flags[-1]]
@@ -102,7 +113,8 @@ def test_what_is_worse_is_said_and_what_was_stopped_too() -> None:
     one = {"name": "memit", "facts": 200, "seed": 0, "base": {}, "fit_seconds": 1.0, "delta_mb": 1.0}
     numbers = {"leak": 0.1, "refusal": 0.9, "retain_accuracy": 1.0, "heldout_accuracy": 0.9}
     batch = {**one, "way": "batch", "edited": numbers}
-    assert grid.worse([batch, {**one, "way": "sequential", "edited": {**numbers, "leak": 0.14}}]) == []
+    (line,) = grid.worse([batch, {**one, "way": "sequential", "edited": {**numbers, "leak": 0.14}}])
+    assert line == "None of 1 sequential runs is more than 5 points worse than the same facts in batch."
     (line,) = grid.worse([batch, {**one, "way": "sequential", "edited": {**numbers, "refusal": 0.8}}])
     assert "refusal 90.0% in batch, 80.0% sequentially" in line
     stopped = {**one, "way": "sequential", "edited": None, "stopped": "perplexity"}

@@ -27,8 +27,8 @@ from editunlearn.workspace import Workspace
 
 def test_activation_and_margin_by_hand() -> None:
     update = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    inputs = torch.tensor([[[1.0, 0.0], [0.0, 3.0], [9.0, 9.0]]])
-    assert activation(inputs, update, torch.tensor([[True, True, False]])).tolist() == [2.5]  # padding does not count
+    inputs = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 3.0]])  # of the first, the second and again the first
+    assert activation(inputs, update, torch.tensor([0, 1, 0]), 3).tolist() == pytest.approx([2.5, 52**0.5, 0.0])
     inside, outside = torch.tensor([1.0, 4.0]), torch.tensor([0.5, 2.5, 0.0])
     # above 3: 1 misses by 2; below 1: 2.5 by 1.5; 1 apart: 1 from 0.5 by 0.5, 1 from 2.5 by 2.5
     assert float(margin(inside, outside, 1.0, 3.0, 1.0)) == pytest.approx(2 + 1.5 + (0.5 + 2.5) / 2)

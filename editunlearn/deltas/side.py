@@ -89,7 +89,8 @@ class SideMemory:
             wide = piece.rows(inputs).float()
             if not piece.decoding:
                 prompt = piece.prompt.to(wide.device)
-                active = [activation(wide, update, prompt) for update in self.updates]
+                own, owner = wide[prompt], prompt.nonzero()[:, 0]
+                active = [activation(own, update, owner, len(prompt)) for update in self.updates]
                 piece.kept[name] = route(torch.stack(active, 1), self.thresholds)
             chosen = piece.kept[name].to(wide.device)
             if bool((chosen < 0).all()):

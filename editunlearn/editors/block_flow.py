@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from editunlearn.deltas.changes import Changes, optimiser_state, restore
 from editunlearn.editors import chunks, contexts, finding, keeping, memory_flow
 from editunlearn.errors import InputError, NumericalError
-from editunlearn.facts.text import documents
-from editunlearn.hparams.training import PASSAGE
 from editunlearn.lm.attention import short_rows
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import StopForward, first_tensor, frozen
@@ -26,7 +24,6 @@ from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.lm.weights import linear_maps
-from editunlearn.lm.windows import windows
 from editunlearn.numerics.block import mismatch
 
 if TYPE_CHECKING:
@@ -144,9 +141,7 @@ def _lessons(
             whole = contexts.prompt_alone(of_context[0]) if hp.chunks is None else of_context[-1]
             elsewhere = 1.0 if hp.chunks is None else hp.chunks.preserve
             facts.append(Lesson(whole, tuple(row.lookup for row in of_context), change, elsewhere))
-    passages = windows(lm, documents("general"), PASSAGE, PASSAGE * hp.texts) if hp.texts else []
-    kept = [*memory_flow.prompts_to_keep(lm, request, hp), *(Row(tuple(ids), 0, len(ids)) for ids in passages)]
-    return facts, [Lesson(row) for row in kept]
+    return facts, [Lesson(row) for row in memory_flow.rows_to_keep(lm, request, hp)]
 
 
 class Trainer:

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from editunlearn.editors import contexts
 from editunlearn.errors import InputError
+from editunlearn.facts.text import documents
 from editunlearn.hparams import MemoryHParams
+from editunlearn.hparams.training import PASSAGE
 from editunlearn.lm.attention import short_rows
 from editunlearn.lm.hooks import frozen
 from editunlearn.lm.layout import resolve_layers
+from editunlearn.lm.tokens import Row
+from editunlearn.lm.windows import windows
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
     from editunlearn.hparams import BlockHParams
     from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
-    from editunlearn.lm.tokens import Row
     from editunlearn.workspace import Workspace
 
 H = TypeVar("H", bound=MemoryHParams)
@@ -46,7 +49,7 @@ class Stage(Generic[H]):
         site: the map that the memory is put beside.
         facts: to forget.
         rows: for each fact its rows with the target, the bare prompt first; ``lookup`` is the prompt's last token.
-        keep: prompts to keep.
+        keep: prompts and passages to keep.
     """
 
     lm: LM
@@ -82,9 +85,15 @@ def run(
     with frozen(lm.model), short_rows(lm.device):
         texts = contexts.prefixes(lm, hp.context_prefixes, cache)
         rows = contexts.forget_rows(lm, request.facts, texts, hp).targets
-        stage = Stage(lm, hp, site, request.facts, rows, prompts_to_keep(lm, request, hp), work, console)
+        stage = Stage(lm, hp, site, request.facts, rows, rows_to_keep(lm, request, hp), work, console)
         found: Fitted = method.fit(stage)
     return site.name, found
+
+
+def rows_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams | BlockHParams) -> list[Row]:
+    """Prompts, and passages of general text, which are longer than any prompt."""
+    passages = windows(lm, documents("general"), PASSAGE, PASSAGE * hp.texts) if hp.texts else []
+    return [*prompts_to_keep(lm, request, hp), *(Row(tuple(ids), 0, len(ids)) for ids in passages)]
 
 
 def prompts_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams | BlockHParams) -> list[Row]:

@@ -33,21 +33,23 @@ class Seen:
     """What enters and leaves the map at the prompts' tokens of some rows; no memory changes what enters.
 
     Attributes:
-        inputs: (rows, length, d_in) float32, zeros at padding.
-        where: (rows, length) bool, tokens of the prompt.
+        inputs: (tokens, d_in) float32, row after row.
+        lengths: tokens of each row.
         norm: mean norm of the map's outputs there.
     """
 
     inputs: Tensor
-    where: Tensor
+    lengths: list[int]
     norm: float
 
     def activation(self, update: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Of the prompts, or of some of them, (rows,)."""
-        if rows is None:
-            return activation(self.inputs, update, self.where)
-        index = torch.tensor(rows, dtype=torch.long, device=self.inputs.device)
-        return activation(self.inputs[index], update, self.where[index])
+        inputs, lengths = self.inputs, self.lengths
+        if rows is not None:
+            each = torch.split(inputs, lengths)
+            inputs, lengths = torch.cat([each[i] for i in rows]), [lengths[i] for i in rows]
+        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+        return activation(inputs, update, owner.to(inputs.device), len(lengths))
 
 
 class Trainer:
@@ -71,7 +73,7 @@ class Trainer:
         if self.why:
             stage.console.warn(f"side memories: all blocks are run at every step, because {self.why}")
         self.forget = self._see(self.rows)
-        self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], self.forget.where[:0], 0.0)
+        self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], [], 0.0)
         relative = self.hp.margin.scale == "relative"
         self.unit = (self.keep.norm or self.forget.norm) if relative else 1.0
         self.shape = shape(self.lm.model, stage.site.name)
@@ -81,7 +83,6 @@ class Trainer:
     @torch.no_grad()
     def _see(self, rows: Sequence[Row]) -> Seen:
         """Prompts alone, in batches; what is behind a prompt is neither run nor seen."""
-        width = max(row.prompt_length for row in rows)
         inputs: dict[int, Tensor] = {}
         norms: list[Tensor] = []
 
@@ -91,19 +92,18 @@ class Trainer:
 
             def see(entering: Tensor, output: Tensor) -> None:
                 mask = padded.attention_mask.bool().to(output.device)
-                x = entering.reshape(*mask.shape, -1).float() * mask[..., None]
+                x = entering.reshape(*mask.shape, -1)
                 for k, i in enumerate(part):
-                    inputs[i] = torch.nn.functional.pad(x[k], (0, 0, 0, width - x.shape[1])).to(self.lm.device)
+                    inputs[i] = x[k][mask[k]].float().to(self.lm.device)
                 norms.append(output.reshape(*mask.shape, -1).float().norm(dim=-1)[mask].cpu())
                 raise StopForward
 
             with on_output(self.module, see), suppress(StopForward):
                 forward(self.lm.model, padded)
 
-        halving(by_length([row.prompt_length for row in rows]), run, self.stage.console.warn)
-        lengths = torch.tensor([row.prompt_length for row in rows], device=self.lm.device)
-        where = torch.arange(width, device=self.lm.device) < lengths[:, None]
-        return Seen(torch.stack([inputs[i] for i in range(len(rows))]), where, float(torch.cat(norms).mean()))
+        lengths = [row.prompt_length for row in rows]
+        halving(by_length(lengths), run, self.stage.console.warn)
+        return Seen(torch.cat([inputs[i] for i in range(len(rows))]), lengths, float(torch.cat(norms).mean()))
 
     def of(self, facts: Sequence[int]) -> list[int]:
         """Numbers of the rows of some facts."""

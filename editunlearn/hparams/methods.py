@@ -96,6 +96,9 @@ class MemoryHParams(InContextHParams):
     keep: Whole = Field(
         default=1000, ge=0, description="Prompts to keep, at most, that the memory is made to leave alone; 0 for none."
     )
+    texts: Whole = Field(
+        default=32, ge=0, description=f"Passages of general text, of {PASSAGE} tokens, that it leaves alone as well."
+    )
 
     @property
     def subject_token(self) -> Literal["prompt_last"]:

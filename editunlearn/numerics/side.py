@@ -11,20 +11,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from editunlearn.numerics.losses import mean_by
+
 Merge = Literal["ties", "magnitude", "linear"]
 
 
-def activation(inputs: Tensor, update: Tensor, where: Tensor) -> Tensor:
-    """How much an update does to each sequence (routing activation), (rows,): mean over its tokens of ``norm(U x)``.
+def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int) -> Tensor:
+    """How much an update does to each sequence (routing activation), (count,): mean over its tokens of ``norm(U x)``.
 
     Args:
-        inputs: (rows, length, d_in).
+        inputs: (tokens, d_in), the tokens that count, of all sequences.
         update: (d_out, d_in).
-        where: (rows, length) bool, the tokens that count.
+        owner: (tokens,) number of the sequence that each belongs to.
+        count: sequences.
     """
-    norms = torch.linalg.vector_norm(inputs @ update.T, dim=-1)  # whose gradient at zero is zero
-    mean: Tensor = (norms * where).sum(1) / where.sum(1).clamp(min=1)
-    return mean
+    return mean_by(torch.linalg.vector_norm(inputs @ update.T, dim=-1), owner, count)  # its gradient at zero is zero
 
 
 def margin(inside: Tensor, outside: Tensor, low: float, high: float, gap: float) -> Tensor:
