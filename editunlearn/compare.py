@@ -17,9 +17,10 @@ from editunlearn.cli import (
     check_model,
     check_settings,
     check_writable,
-    console_of,
     load_model,
+    model_terms,
     parser,
+    read_facts,
     run_command,
 )
 from editunlearn.errors import InputError
@@ -129,8 +130,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if not 0 <= args.match <= 1:
         checks.problems.append(f"--match {args.match:g}: a rate of leaks, from 0 to 1.")
     limit = None if args.limit is None else max(1, args.limit)  # a bad one has been said
-    given = checks.run(lambda: _load(args, args.facts, console, limit=limit))
-    retain = checks.run(lambda: _load(args, args.retain, console, keep=True)) or []
+    given = checks.run(lambda: read_facts(args, args.facts, console, limit=limit))
+    retain = checks.run(lambda: read_facts(args, args.retain, console, keep=True)) or []
     pool = [*(given or []), *retain] if args.targets == "random" else None
     facts = checks.run(lambda: fill_targets(given or [], args.targets, seed=0, pool=pool)) or []
     if facts:
@@ -139,10 +140,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
     request = {
-        "model": args.model,
-        "revision": args.revision,
-        "dtype": args.dtype,
-        "chat": [args.system, args.chat_arg, args.no_chat],
+        **model_terms(args),
         "facts": content_hash(given or []),
         "retain": content_hash(retain),
         "targets": args.targets,
@@ -154,20 +152,6 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     checks.finish()
     assert budget is not None and own is not None  # noqa: S101 - finish() raised otherwise
     return Plan(arms, facts, retain, budget, own, others, request, config)
-
-
-def _load(
-    args: argparse.Namespace, source: str, console: Console, *, limit: int | None = None, keep: bool = False
-) -> list[Fact]:
-    from editunlearn.facts.readers import load_facts
-
-    notes: list[str] = []
-    found = load_facts(
-        source, data_root=args.data_root, limit=limit, notes=notes, conflicts="first" if keep else "error"
-    )
-    for note in notes:
-        console.info(f"note: {note}")
-    return found
 
 
 def _divisible(args: argparse.Namespace, facts: Sequence[Fact], retain: Sequence[Fact]) -> None:
@@ -231,12 +215,10 @@ def _check_out(out: Path, request: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    console = console_of(args)
+def _main(args: argparse.Namespace, console: Console) -> None:
     made = plan(args, console)
     least = len(made.arms) * (args.trials - 1 + args.seeds)
     console.header(
