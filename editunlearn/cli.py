@@ -132,7 +132,8 @@ def check_settings(hp: MethodHParams, config: Any, layers: Sequence[int] | None 
     from editunlearn import editors
     from editunlearn.facts.text import check_source
     from editunlearn.hparams import EditorHParams, UnlearnerHParams
-    from editunlearn.lm.layout import resolve_layers, text_config
+    from editunlearn.lm.configs import text_config
+    from editunlearn.lm.layers import resolve_layers
 
     checks = Checks()
     if isinstance(hp, EditorHParams):
@@ -152,7 +153,7 @@ def check_settings(hp: MethodHParams, config: Any, layers: Sequence[int] | None 
 def _check_training(hp: UnlearnerHParams, config: Any) -> None:
     """The model has the matrices, and the retain term has a text."""
     from editunlearn.facts.text import check_source
-    from editunlearn.lm.layout import layout_of
+    from editunlearn.lm.recognise import layout_of
     from editunlearn.lm.sources import meta_model
     from editunlearn.unlearners.parameters import trained_modules
 
@@ -165,7 +166,7 @@ def _check_training(hp: UnlearnerHParams, config: Any) -> None:
 
 
 def _check_lengths(hp: EditorHParams, config: Any) -> None:
-    from editunlearn.lm.layout import context_length
+    from editunlearn.lm.configs import context_length
 
     most = context_length(config)
     lengths = {"moments.length": hp.moments.length, "refine.text_length": hp.refine.text_length if hp.refine else 0}
@@ -209,7 +210,7 @@ def check_model(args: argparse.Namespace, made: Sequence[BaseManifest] = ()) -> 
         InputError: no such model, dtype or device, a chat template that does not do what is asked of it, or an
             architecture that cannot be edited.
     """
-    from editunlearn.lm.layout import check_config
+    from editunlearn.lm.configs import check_config
     from editunlearn.lm.loading import check_chat, check_options, peek_config
 
     checks = Checks()

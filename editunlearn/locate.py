@@ -106,7 +106,7 @@ def _checked(args: argparse.Namespace, console: Console) -> tuple[list[Fact], Me
     Raises:
         InputError: everything that is wrong.
     """
-    from editunlearn.lm.layout import text_config
+    from editunlearn.lm.configs import text_config
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.tracing import figures
     from editunlearn.tracing.prompts import facts_to_trace

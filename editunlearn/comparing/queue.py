@@ -201,7 +201,7 @@ class Queue:
         from editunlearn import editors
         from editunlearn.editors import located, moments
         from editunlearn.hparams import EditorHParams
-        from editunlearn.lm.layout import resolve_layers
+        from editunlearn.lm.layers import resolve_layers
 
         if isinstance(hp, EditorHParams) and hp.moments.text != "none":
             default = editors.module(hp.method).DEFAULT_LAYERS

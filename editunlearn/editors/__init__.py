@@ -165,7 +165,7 @@ def run(
 
 def _sites(lm: LM, hp: MethodHParams) -> list[str]:
     """Modules that a method would edit here."""
-    from editunlearn.lm.layout import resolve_layers
+    from editunlearn.lm.layers import resolve_layers
 
     layers, _ = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), module(hp.method).DEFAULT_LAYERS)
     return [site.name for site in edited(lm.model, lm.layout, hp, layers)]

@@ -14,7 +14,7 @@ from editunlearn.artifacts import atomic_write_json, cached_json
 from editunlearn.editors.moments import tokenizer_hash
 from editunlearn.errors import InputError
 from editunlearn.lm.fingerprint import model_fingerprint
-from editunlearn.lm.layout import resolve_layers
+from editunlearn.lm.layers import resolve_layers
 from editunlearn.workspace import key_of
 
 if TYPE_CHECKING:
