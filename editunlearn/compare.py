@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from editunlearn.cli import (
     add_model_flags,
@@ -19,8 +19,10 @@ from editunlearn.facts.targets import DEFAULT_TARGETS
 
 if TYPE_CHECKING:
     from editunlearn.comparing.planning import Plan
-    from editunlearn.comparing.queue import Queue, Runs
+    from editunlearn.comparing.queue import Queue
     from editunlearn.console import Console
+    from editunlearn.facts.records import Fact
+    from editunlearn.lm.processes import Processes
 
 EXAMPLES = """\
   editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,npo,grin --out runs/c
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace, console: Console) -> None:
-    from editunlearn.comparing import planning, showing
+    from editunlearn.comparing import planning, schedule, showing
+    from editunlearn.lm.processes import joined
 
     made = planning.plan(args, console)
     least = len(made.arms) * (args.trials - 1 + args.seeds)
@@ -91,15 +94,17 @@ def _main(args: argparse.Namespace, console: Console) -> None:
     if args.dry_run:
         showing.dry_run(made, console)
         return
-    if args.fresh:
-        planning.clear(args.out)
-    queue = _queue(args, made, console)
-    base, found = _run(queue, made, console)
-    showing.show(args, made, queue, base, found, console)
+    with joined() as here:
+        if args.fresh:
+            here.by_first(lambda: planning.clear(args.out))
+        queue = _queue(args, made, here, console)
+        base, found = schedule.run(queue, made.arms, here, console)
+    if here.first:
+        showing.show(args, made, queue, base, found, console)
 
 
-def _queue(args: argparse.Namespace, made: Plan, console: Console) -> Queue:
-    """The model loaded, the halves made, what the runs depend on collected."""
+def _queue(args: argparse.Namespace, made: Plan, among: Processes, console: Console) -> Queue:
+    """The model loaded, the halves made, what the runs depend on collected; what is made for all, the first makes."""
     from editunlearn import __version__
     from editunlearn.artifacts import atomic_write_json
     from editunlearn.comparing.asking import Asking, requests
@@ -116,10 +121,14 @@ def _queue(args: argparse.Namespace, made: Plan, console: Console) -> Queue:
 
     lm = load_model(args)
     cache = args.cache_dir or default_cache_dir()
-    facts = with_targets(lm, made.facts, args.targets, seed=0, retain=made.retain, cache=cache, console=console)
-    atomic_write_json(args.out / REQUEST, made.request)
-    kept = without(made.retain, facts)
-    heldout = general_facts(lm, facts, kept, cache, console).heldout
+
+    def prepared() -> tuple[list[Fact], list[Fact], Sequence[Fact]]:
+        facts = with_targets(lm, made.facts, args.targets, seed=0, retain=made.retain, cache=cache, console=console)
+        atomic_write_json(args.out / REQUEST, made.request)
+        kept = without(made.retain, facts)
+        return facts, kept, general_facts(lm, facts, kept, cache, console).heldout
+
+    facts, kept, heldout = among.by_first(prepared)
     if not heldout and not any(fact.neighbors for fact in facts):
         console.warn("no held-out facts, no neighbours: what is kept is read off the retain facts, which methods saw")
     attacks = made.facts_suite[0].endswith(":attacks")
@@ -157,28 +166,6 @@ def _queue(args: argparse.Namespace, made: Plan, console: Console) -> Queue:
         console=inner,
         retry=args.retry,
     )
-
-
-def _run(queue: Queue, made: Plan, console: Console) -> tuple[dict[str, Any], list[Runs]]:
-    """All of the queue, under one bar."""
-    from editunlearn.comparing.asking import TEST
-
-    console.info("the unedited model is asked first")
-    base = dict(queue.base()[TEST])
-    found: list[Runs] = []
-    each = len(made.arms[0].trials) + queue.seeds
-    with console.progress(each * len(made.arms), "runs") as bar:
-        for number, arm in enumerate(made.arms):
-            console.info(f"{arm.name}: method {number + 1} of {len(made.arms)}")
-            done = [0]
-
-            def tick(done: list[int] = done) -> None:
-                done[0] += 1
-                bar.update()
-
-            found.append(queue.arm(arm, tick))
-            bar.update(max(0, each - done[0]))  # a method of which nothing can be shown has no more runs
-    return base, found
 
 
 if __name__ == "__main__":

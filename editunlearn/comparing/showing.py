@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from editunlearn import estimate
 from editunlearn.artifacts import atomic_write_together, json_bytes
 from editunlearn.comparing import outputs
+from editunlearn.comparing.queue import Cell
 from editunlearn.comparing.sweep import setting, strength
 
 if TYPE_CHECKING:
     from editunlearn.comparing.planning import Plan
-    from editunlearn.comparing.queue import Queue, Runs
+    from editunlearn.comparing.queue import Queue
+    from editunlearn.comparing.schedule import Runs
     from editunlearn.console import Console
 
 
@@ -81,5 +83,5 @@ def show(
     console.result_json(result)
     best = next((runs for runs in found if runs.chosen is not None and (runs.chosen, 0) in runs.test), None)
     if best is not None and best.chosen is not None:
-        where = queue.folder(best.arm, best.chosen, 0)
+        where = queue.folder(Cell(best.arm, best.chosen))
         console.next_step(["editunlearn", "export", "--delta", str(where), "--to", "merged", "--out", "merged"])
