@@ -41,9 +41,10 @@ def words(world: runs.World, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(world: runs.World) -> dict[str, Any]:
-    """What one process finds; it leaves the moments in the cache, so that all edits are the very same."""
-    called = runs.call("compare", *words(world, world.root / "alone"))
-    assert called.code == 0, called.err
+    """What one process finds, with moments and context prefixes in the cache already: all edits are the very same."""
+    for name in ("first", "alone"):
+        called = runs.call("compare", *words(world, world.root / name))
+        assert called.code == 0, called.err
     return comparison(world.root / "alone")
 
 
