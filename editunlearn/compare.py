@@ -149,7 +149,7 @@ def _queue(args: argparse.Namespace, made: Plan, among: Processes, console: Cons
     model = Path(lm.name).name if Path(lm.name).is_absolute() else lm.name
     about = {**inputs, "model": model, "environment": versions, "taught": content_hash([])}
     asking = Asking(lm, halves, made.suites, made.facts_suite, about, console)
-    inner = console if args.verbose else Console(quiet=True)
+    inner = console if args.verbose else Console(quiet=True, silent=not among.first)
     asking.console = inner
     return Queue(
         lm=lm,
