@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace) -> None:
     from editunlearn.console import Console
     from editunlearn.editors import moments
     from editunlearn.hparams import load_hparams
-    from editunlearn.lm.layout import resolve_layers
+    from editunlearn.lm.layers import resolve_layers
     from editunlearn.lm.loading import load
     from editunlearn.lm.processes import joined
 

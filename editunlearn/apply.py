@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from editunlearn.cli import (
     Checks,
@@ -17,12 +17,11 @@ from editunlearn.cli import (
     check_model,
     check_settings,
     check_writable,
-    console_of,
     load_model,
     load_settings,
     parser,
+    read_facts,
     run_command,
-    shown_command,
 )
 from editunlearn.errors import InputError
 from editunlearn.facts.targets import DEFAULT_TARGETS
@@ -194,18 +193,12 @@ def _facts(
     if source is None:
         return []
     from editunlearn.facts.questions import as_questions
-    from editunlearn.facts.readers import load_facts
 
-    notes: list[str] = []
-    conflicts: Literal["first", "error"] = "first" if keep else "error"
-    facts = load_facts(
-        source, data_root=args.data_root, split=args.split, limit=limit, notes=notes, conflicts=conflicts
-    )
+    facts = read_facts(args, source, console, limit=limit, keep=keep)
     if args.ask == "question":
         facts, note = as_questions(facts)
-        notes += [note] if note else []
-    for note in notes:
-        console.info(f"note: {note}")
+        if note:
+            console.info(f"note: {note}")
     return facts
 
 
@@ -310,12 +303,10 @@ def _check_earlier(args: argparse.Namespace, earlier: Earlier, out: Path) -> Non
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    console = console_of(args)
+def _main(args: argparse.Namespace, console: Console) -> None:
     made = plan(args, console)
     from editunlearn import reporting
 
@@ -323,11 +314,11 @@ def _main(argv: Sequence[str]) -> None:
     if args.dry_run:
         reporting.dry_run(console, args, made)
     else:
-        run(args, made, console, shown_command("apply", argv))
+        run(args, made, console)
 
 
-def run(args: argparse.Namespace, made: Plan, console: Console, command: str) -> None:
-    """Load, forget, save, show; ``command`` goes to the model card. Of several processes the first saves and shows."""
+def run(args: argparse.Namespace, made: Plan, console: Console) -> None:
+    """Load, forget, save, show. Of several processes the first saves and shows."""
     from editunlearn import reporting
     from editunlearn.lm.processes import joined
     from editunlearn.pipeline import Stages
@@ -342,7 +333,7 @@ def run(args: argparse.Namespace, made: Plan, console: Console, command: str) ->
         return
     stages.seconds.update(outcome.stages.seconds)
     with stages.timed("save"):
-        reporting.write(outcome, lm, made, stages, command, console, store_facts=args.store_facts)
+        reporting.write(outcome, lm, made, stages, args.command, console, store_facts=args.store_facts)
     reporting.show(console, outcome, made, stages)
 
 

@@ -1,7 +1,8 @@
 """Writing files so that a killed run leaves either the old file or the new one, never half of one.
 
-Everything is written to a temporary name in the same folder (a rename is atomic only within one file system)
-and renamed when complete. No torch here: any room may use it.
+Everything is written to a temporary folder beside its place (a rename is atomic only within one file system)
+and renamed when complete. What a killed run leaves there goes when the same place is
+written again. No torch here: any room may use it.
 """
 
 from __future__ import annotations
@@ -9,19 +10,45 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 _CHUNK = 1 << 20
 
 
-def temporary_name(path: Path) -> Path:
-    """A fresh hidden name beside ``path`` for its unfinished content."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+def _temporary_folder(path: Path) -> Path:
+    """A fresh hidden folder beside ``path`` for its unfinished content; what killed processes left of theirs goes.
+
+    A folder also for a file: a library that writes to a temporary name of its own (safetensors does) does so inside.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem = f".{path.name}.tmp-{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}-"  # of this machine
+    for left in path.parent.glob(f"{escape(stem)}*-*"):
+        owner = left.name.removeprefix(stem).partition("-")[0]
+        if owner.isdecimal() and not _alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = path.with_name(f"{stem}{os.getpid()}-{secrets.token_hex(4)}")
+    folder.mkdir()
+    return folder
+
+
+def _alive(process: int) -> bool:
+    """Whether this machine has a process of that number; where that cannot be asked, it has."""
+    if os.name != "posix":  # elsewhere the question would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 @contextmanager
@@ -33,8 +60,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     readable by its owner alone). After an exception the temporary file is removed and ``path`` is as it was.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    folder = _temporary_folder(path)
+    temporary = folder / path.name
     try:
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
@@ -47,7 +74,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             error.filename = str(path)  # a write to a full disk does not say where
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
@@ -103,12 +130,10 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     back.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     previous = path.with_name(f".{path.name}.previous")
     if previous.is_dir() and not path.exists():
         os.replace(previous, path)
-    temporary = temporary_name(path)
-    temporary.mkdir()
+    temporary = _temporary_folder(path)
     mode = temporary.stat().st_mode & 0o666
     try:
         yield temporary

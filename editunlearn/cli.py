@@ -16,6 +16,7 @@ from editunlearn.errors import EditUnlearnError, InputError
 if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.manifest import BaseManifest
+    from editunlearn.facts.records import Fact
     from editunlearn.hparams import EditorHParams, Keeping, MethodHParams, UnlearnerHParams
     from editunlearn.lm.chat import Chat
     from editunlearn.lm.loading import LM
@@ -131,7 +132,8 @@ def check_settings(hp: MethodHParams, config: Any, layers: Sequence[int] | None 
     from editunlearn import editors
     from editunlearn.facts.text import check_source
     from editunlearn.hparams import EditorHParams, UnlearnerHParams
-    from editunlearn.lm.layout import resolve_layers, text_config
+    from editunlearn.lm.configs import text_config
+    from editunlearn.lm.layers import resolve_layers
 
     checks = Checks()
     if isinstance(hp, EditorHParams):
@@ -151,7 +153,7 @@ def check_settings(hp: MethodHParams, config: Any, layers: Sequence[int] | None 
 def _check_training(hp: UnlearnerHParams, config: Any) -> None:
     """The model has the matrices, and the retain term has a text."""
     from editunlearn.facts.text import check_source
-    from editunlearn.lm.layout import layout_of
+    from editunlearn.lm.recognise import layout_of
     from editunlearn.lm.sources import meta_model
     from editunlearn.unlearners.parameters import trained_modules
 
@@ -164,7 +166,7 @@ def _check_training(hp: UnlearnerHParams, config: Any) -> None:
 
 
 def _check_lengths(hp: EditorHParams, config: Any) -> None:
-    from editunlearn.lm.layout import context_length
+    from editunlearn.lm.configs import context_length
 
     most = context_length(config)
     lengths = {"moments.length": hp.moments.length, "refine.text_length": hp.refine.text_length if hp.refine else 0}
@@ -208,7 +210,7 @@ def check_model(args: argparse.Namespace, made: Sequence[BaseManifest] = ()) -> 
         InputError: no such model, dtype or device, a chat template that does not do what is asked of it, or an
             architecture that cannot be edited.
     """
-    from editunlearn.lm.layout import check_config
+    from editunlearn.lm.configs import check_config
     from editunlearn.lm.loading import check_chat, check_options, peek_config
 
     checks = Checks()
@@ -221,6 +223,43 @@ def check_model(args: argparse.Namespace, made: Sequence[BaseManifest] = ()) -> 
         checks.run(lambda: check_chat(args.model, args.revision, args.chat))
     checks.finish()
     return config
+
+
+def model_terms(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the model, to tell one request from another."""
+    return {
+        "model": args.model,
+        "revision": args.revision,
+        "dtype": args.dtype,
+        "chat": [args.system, args.chat_arg, args.no_chat],
+    }
+
+
+def read_facts(
+    args: argparse.Namespace, source: str, console: Console, *, limit: int | None = None, keep: bool = False
+) -> list[Fact]:
+    """The facts of a source; what the reader notes is shown.
+
+    Args:
+        keep: these must stay, of the same prompt with several answers the first counts.
+
+    Raises:
+        InputError: no such source, or facts that are bad.
+    """
+    from editunlearn.facts.readers import load_facts
+
+    notes: list[str] = []
+    found = load_facts(
+        source,
+        data_root=args.data_root,
+        split=getattr(args, "split", "train"),
+        limit=limit,
+        notes=notes,
+        conflicts="first" if keep else "error",
+    )
+    for note in notes:
+        console.info(f"note: {note}")
+    return found
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -237,14 +276,14 @@ def check_writable(folder: Path, flag: str) -> None:
         raise InputError(f"{flag} {folder}: {place} is not writable ({reason}). Choose another folder.") from None
 
 
-def shown_command(command: str, argv: Sequence[str]) -> str:
-    """The command line for a model card: of absolute paths only the last part, they are nobody's business."""
+def shown_command(words: Sequence[str]) -> str:
+    """A command line for a model card: of absolute paths only the last part, they are nobody's business."""
 
     def public(text: str) -> str:
         head, equals, tail = text.rpartition("=")
         return f"{head}{equals}{Path(tail).name}" if tail.startswith(("/", "~")) or Path(tail).is_absolute() else text
 
-    return shlex.join(["editunlearn", command, *map(public, argv)])
+    return shlex.join(map(public, words))
 
 
 def try_command(folder: Path, *, code: bool = False) -> str:
@@ -295,14 +334,26 @@ def load_model(args: argparse.Namespace) -> LM:
     )
 
 
-def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Call a command; exit codes: 0 done, 1 failed, 2 bad input, 3 a requirement not met, 130 interrupted."""
+def run_command(
+    flags: Callable[[], argparse.ArgumentParser],
+    main: Callable[[argparse.Namespace, Console], Any],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Call a command; exit codes: 0 done, 1 failed, 2 bad input, 3 a requirement not met, 130 interrupted.
+
+    Args:
+        flags: makes its parser; what was typed is parsed before anything heavy is imported.
+        main: gets the flags, with the command line as ``command``, and the console that they ask for.
+    """
     from editunlearn.console import Console
 
-    args = list(sys.argv[1:] if argv is None else argv)
-    again = "Run the same command again" + (" without --fresh" if "--fresh" in args else "") + " to go on."
+    words = list(sys.argv[1:] if argv is None else argv)
+    again = "Run the same command again" + (" without --fresh" if "--fresh" in words else "") + " to go on."
     try:
-        main(args)
+        understood = flags()
+        args = understood.parse_args(words)
+        args.command = shown_command([*understood.prog.split(), *words])
+        main(args, console_of(args))
     except EditUnlearnError as error:
         Console(quiet=True).error(str(error))
         return error.exit_code

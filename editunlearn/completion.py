@@ -7,9 +7,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from editunlearn.cli import console_of, parser, run_command
+from editunlearn.cli import parser, run_command
 from editunlearn.resources import shipped_names
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
 
 EXAMPLES = """\
   eval "$(editunlearn completion bash)"      in ~/.bashrc; zsh likewise
@@ -27,12 +31,11 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    console_of(args).result(script(args.shell))
+def _main(args: argparse.Namespace, console: Console) -> None:
+    console.result(script(args.shell))
 
 
 def words() -> dict[str, dict[str, list[str]]]:

@@ -138,7 +138,9 @@ def target(config: Any, hp: MethodHParams, layers: Sequence[int] | None = None) 
     """The sites of a model of this configuration; ``layers`` goes before those of ``hp``."""
     from editunlearn import editors
     from editunlearn.hparams import UnlearnerHParams
-    from editunlearn.lm.layout import Site, layout_of, resolve_layers
+    from editunlearn.lm.layers import resolve_layers
+    from editunlearn.lm.layout import Site
+    from editunlearn.lm.recognise import layout_of
     from editunlearn.lm.sources import meta_model
 
     model = meta_model(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from editunlearn.cli import (
     add_run_flags,
     check_model,
     check_writable,
-    console_of,
     parser,
     run_command,
 )
@@ -78,7 +76,7 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
 @dataclass(frozen=True)
@@ -197,10 +195,7 @@ def _deltas(args: argparse.Namespace, checks: Checks) -> list[Delta]:
     return [delta for delta in found if delta is not None]
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    args.command = shlex.join(["editunlearn", "evaluate", *argv])
-    console = console_of(args)
+def _main(args: argparse.Namespace, console: Console) -> None:
     made = plan(args)
     labels = ", ".join(state.label for state in made.states)
     console.info(f"suites: {', '.join(made.suites)}; measured: {labels}; out: {args.out}")

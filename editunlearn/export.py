@@ -17,11 +17,9 @@ from editunlearn.cli import (
     add_run_flags,
     check_model,
     check_writable,
-    console_of,
     load_model,
     parser,
     run_command,
-    shown_command,
     try_command,
 )
 from editunlearn.errors import InputError
@@ -72,19 +70,16 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)  # before anything heavy is imported
-    args.command = shown_command("export", argv)
+def _main(args: argparse.Namespace, console: Console) -> None:
     from editunlearn.deltas import standalone
     from editunlearn.deltas.files import load
     from editunlearn.deltas.kinds import compose, written
     from editunlearn.deltas.lowrank import LowRankDelta
     from editunlearn.deltas.merge import JOURNAL
 
-    console = console_of(args)
     checks = Checks()
     delta = checks.run(lambda: load(args.delta))
     others = [checks.run(lambda d=d: load(d)) for d in args.compose]  # type: ignore[misc]

@@ -16,11 +16,11 @@ from editunlearn.cli import (
     add_run_flags,
     check_model,
     check_writable,
-    console_of,
     load_model,
+    model_terms,
     parser,
+    read_facts,
     run_command,
-    shown_command,
 )
 from editunlearn.errors import InputError
 
@@ -93,15 +93,12 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if args.limit is not None and args.limit < 1:
         checks.problems.append(f"--limit {args.limit}: at least 1.")
         args.limit = None
-    every = checks.run(lambda: _load(args, args.facts, console, args.limit)) or []
-    gone = (checks.run(lambda: _load(args, args.without, console, None)) or []) if args.without else []
+    every = checks.run(lambda: read_facts(args, args.facts, console, limit=args.limit)) or []
+    gone = (checks.run(lambda: read_facts(args, args.without, console)) or []) if args.without else []
     facts = checks.run(lambda: _less(args, every, gone)) if every and bool(gone) == bool(args.without) else []
     checks.run(lambda: check_writable(args.out, "--out"))
     request = {
-        "model": args.model,
-        "revision": args.revision,
-        "dtype": args.dtype,
-        "chat": [args.system, args.chat_arg, args.no_chat],
+        **model_terms(args),
         "facts": content_hash(facts or []),
         "settings": resolved(hp) if hp is not None else None,
     }
@@ -124,16 +121,6 @@ def _settings(args: argparse.Namespace) -> Teaching:
     made = Teaching()
     given = {name: value for name in ("epochs", "batch", "lr") if (value := getattr(args, name)) is not None}
     return made.model_copy(update={"train": made.train.model_copy(update=given), "seed": args.seed or 0})
-
-
-def _load(args: argparse.Namespace, source: str, console: Console, limit: int | None) -> list[Fact]:
-    from editunlearn.facts.readers import load_facts
-
-    notes: list[str] = []
-    found = load_facts(source, data_root=args.data_root, limit=limit, notes=notes)
-    for note in notes:
-        console.info(f"note: {note}")
-    return found
 
 
 def _less(args: argparse.Namespace, facts: Sequence[Fact], gone: Sequence[Fact]) -> list[Fact]:
@@ -175,12 +162,10 @@ def _check_out(args: argparse.Namespace, request: dict[str, Any]) -> dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    console = console_of(args)
+def _main(args: argparse.Namespace, console: Console) -> None:
     made = plan(args, console)
     train = made.hp.train
     console.header(
@@ -199,14 +184,15 @@ def _main(argv: Sequence[str]) -> None:
     if record is not None:
         console.info("this was done before; nothing was trained")
     else:
-        record = _teach(args, made, console, shown_command("finetune", argv))
+        record = _teach(args, made, console)
     _show(args, record, console)
 
 
-def _teach(args: argparse.Namespace, made: Plan, console: Console, command: str) -> dict[str, Any]:
+def _teach(args: argparse.Namespace, made: Plan, console: Console) -> dict[str, Any]:
     """Load, ask, train, ask again, save; what the record says."""
     from editunlearn import __version__
     from editunlearn.artifacts import atomic_dir, atomic_write_json, atomic_write_text
+    from editunlearn.deltas.build import what_was_asked
     from editunlearn.deltas.merge import merge
     from editunlearn.facts.records import ForgetRequest
     from editunlearn.general import general_facts
@@ -224,15 +210,7 @@ def _teach(args: argparse.Namespace, made: Plan, console: Console, command: str)
     text = perplexity_text(lm)
     before = _known(lm, made.facts, heldout, text, console, "before")
     work = Workspace(args.out / WORK, run_inputs(lm, request, made.hp, "answers", None), fresh=args.fresh)
-    about = {
-        "method": made.hp.method,
-        "hparams": made.request["settings"],
-        "facts": request.facts,
-        "target_strategy": "answers",
-        "seeds": {"seed": made.hp.seed},
-        "retain": (),
-        "store_facts": False,
-    }
+    about = what_was_asked(request, made.hp, "answers")
     began = time.monotonic()
     merge(lm, flow.run(lm, request, made.hp, work, console, about))
     seconds = time.monotonic() - began
@@ -247,7 +225,7 @@ def _teach(args: argparse.Namespace, made: Plan, console: Console, command: str)
         "base_fingerprint": base,
         "known": {name: {"before": before[name], "after": after[name]} for name in before},
         "seconds": round(seconds, 2),
-        "command": command,
+        "command": args.command,
         "editunlearn": __version__,
         "environment": dict(environment()),
     }

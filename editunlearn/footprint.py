@@ -49,7 +49,7 @@ def kept_by_autograd(config: Any, dtype: str, first: int, trained: Sequence[str]
     from transformers import AutoModelForCausalLM
 
     from editunlearn.lm.hooks import first_tensor
-    from editunlearn.lm.layout import layout_of
+    from editunlearn.lm.recognise import layout_of
 
     with FakeTensorMode():
         auto: Any = AutoModelForCausalLM
@@ -131,7 +131,7 @@ def weights(target: Target, width: int, rounded: str = "") -> float:
     Args:
         rounded: nf4 or int8: the linear maps of the blocks are.
     """
-    from editunlearn.lm.layout import layout_of
+    from editunlearn.lm.recognise import layout_of
     from editunlearn.lm.weights import linear_maps, shape
 
     whole = float(width * sum(p.numel() for p in target.model.parameters()))

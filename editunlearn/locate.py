@@ -17,12 +17,10 @@ from editunlearn.cli import (
     check_model,
     check_settings,
     check_writable,
-    console_of,
     load_model,
     load_settings,
     parser,
     run_command,
-    shown_command,
 )
 from editunlearn.errors import InputError
 
@@ -83,12 +81,10 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    console = console_of(args)
+def _main(args: argparse.Namespace, console: Console) -> None:
     facts, hp, blocks = _checked(args, console)
     window = args.window or max(1, round(WINDOW_SHARE * blocks))
     console.header(
@@ -101,7 +97,7 @@ def _main(argv: Sequence[str]) -> None:
     if args.dry_run:
         _dry_run(console, args, facts, blocks)
         return
-    _run(args, facts, hp, window, console, shown_command("locate", argv))
+    _run(args, facts, hp, window, console)
 
 
 def _checked(args: argparse.Namespace, console: Console) -> tuple[list[Fact], MethodHParams | None, int]:
@@ -110,7 +106,7 @@ def _checked(args: argparse.Namespace, console: Console) -> tuple[list[Fact], Me
     Raises:
         InputError: everything that is wrong.
     """
-    from editunlearn.lm.layout import text_config
+    from editunlearn.lm.configs import text_config
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.tracing import figures
     from editunlearn.tracing.prompts import facts_to_trace
@@ -174,9 +170,7 @@ def _dry_run(console: Console, args: argparse.Namespace, facts: Sequence[Fact], 
     console.info("Nothing was loaded or written.")
 
 
-def _run(
-    args: argparse.Namespace, facts: list[Fact], hp: MethodHParams | None, window: int, console: Console, command: str
-) -> None:
+def _run(args: argparse.Namespace, facts: list[Fact], hp: MethodHParams | None, window: int, console: Console) -> None:
     from editunlearn.artifacts import atomic_write_json
     from editunlearn.editors import located
     from editunlearn.lm.loading import default_cache_dir
@@ -209,7 +203,7 @@ def _run(
         fresh=args.fresh,
         console=console,
     )
-    found = {**_about(lm, args, settings, effects, asked, command), **averages.summary(effects, settings)}
+    found = {**_about(lm, args, settings, effects, asked), **averages.summary(effects, settings)}
     if settings.measured and "mlp" in settings.kinds:
         effects_of_mlps = [cell[0] for cell in found["kinds"]["mlp"]["measured"][prompts.LAST]]
         located.keep(lm, cache, effects_of_mlps, len(known))
@@ -227,7 +221,7 @@ def _run(
 
 
 def _about(
-    lm: LM, args: argparse.Namespace, settings: Settings, effects: Sequence[Effects], asked: int, command: str
+    lm: LM, args: argparse.Namespace, settings: Settings, effects: Sequence[Effects], asked: int
 ) -> dict[str, Any]:
     from editunlearn import __version__
     from editunlearn.lm.fingerprint import model_fingerprint
@@ -236,7 +230,7 @@ def _about(
     return {
         "format": 1,
         "editunlearn": __version__,
-        "command": command,
+        "command": args.command,
         "model": {
             "name": Path(lm.name).name if Path(lm.name).is_absolute() else lm.name,
             "revision": lm.revision,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editunlearn.cli import console_of, parser, run_command
+from editunlearn.cli import parser, run_command
 
 if TYPE_CHECKING:
     from editunlearn.console import Console
@@ -33,12 +33,10 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    console: Console = console_of(args)
+def _main(args: argparse.Namespace, console: Console) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     most = [name for name in _LISTS if name != "runs"]
     for what in most if "all" in args.what else args.what:

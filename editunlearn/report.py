@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from editunlearn.cli import Checks, check_writable, parser, run_command
+
+if TYPE_CHECKING:
+    from editunlearn.console import Console
 
 EXAMPLES = """\
   editunlearn evaluate --delta runs/memit --base --suite facts --facts forget.jsonl && editunlearn report
@@ -29,21 +33,19 @@ def flags() -> argparse.ArgumentParser:
     p.add_argument("--title", default="What was forgotten, what stayed", help="of the page")
     p.add_argument("--json", action="store_true", help="names of the files as JSON on standard output")
     p.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    p.set_defaults(verbose=0)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
+def _main(args: argparse.Namespace, console: Console) -> None:
     from editunlearn.artifacts import atomic_write_together
-    from editunlearn.console import Console
     from editunlearn.evaluation.report import gathering, page
 
-    console = Console(quiet=args.quiet, json=args.json)
     checks = Checks()
     found = checks.run(lambda: gathering.gather(args.runs))
     checks.run(lambda: check_writable(args.out, "--out"))

@@ -15,7 +15,6 @@ from editunlearn.cli import (
     check_model,
     check_settings,
     check_writable,
-    console_of,
     load_model,
     load_settings,
     parser,
@@ -59,7 +58,7 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
 def _with_moments(hp: MethodHParams) -> EditorHParams:
@@ -70,12 +69,10 @@ def _with_moments(hp: MethodHParams) -> EditorHParams:
     return hp
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)  # before anything heavy is imported
+def _main(args: argparse.Namespace, console: Console) -> None:
     from editunlearn import estimate
     from editunlearn.lm.loading import default_cache_dir
 
-    console = console_of(args)
     checks = Checks()
     cache = args.cache_dir or default_cache_dir()
     config = checks.run(lambda: check_model(args))

@@ -15,7 +15,6 @@ from editunlearn.cli import (
     add_run_flags,
     check_model,
     check_settings,
-    console_of,
     parser,
     run_command,
 )
@@ -23,6 +22,7 @@ from editunlearn.errors import InputError
 from editunlearn.naming import did_you_mean
 
 if TYPE_CHECKING:
+    from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
     from editunlearn.facts.records import Fact
 
@@ -49,12 +49,10 @@ def flags() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command(_main, argv)
+    return run_command(flags, _main, argv)
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = flags().parse_args(argv)
-    console = console_of(args)
+def _main(args: argparse.Namespace, console: Console) -> None:
     if not args.paths and not args.retain and args.model is None:
         raise InputError("validate: nothing to check. Name files, or --model.")
     checks = Checks()

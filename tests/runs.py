@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -41,6 +42,20 @@ QUICK = [
     "refine.steps=3",
     "refine.kept_keys=0.001",  # tiny models, large steps
     "refine.text_length=32",
+]
+
+TORCHRUN = [
+    {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} for rank in (0, 1)
+]
+SLURM = [
+    {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+    }
+    for rank in (0, 1)
 ]
 
 
@@ -144,6 +159,40 @@ def spawn(*words: str, cwd: Path) -> Called:
     """Run ``python -m ...`` in another process."""
     done = subprocess.run(argv(*words), cwd=cwd, env=environment(), capture_output=True, text=True)
     return Called(done.returncode, done.stdout, done.stderr)
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def started(launcher: list[dict[str, str]], cwd: Path, *words: str) -> list[subprocess.Popen[str]]:
+    """The same command in processes that know of each other, by what a launcher sets (``TORCHRUN``, ``SLURM``)."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            argv(*words),
+            cwd=cwd,
+            env={**environment(), **place, "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in launcher
+    ]
+
+
+def ended(working: list[subprocess.Popen[str]]) -> list[Called]:
+    """What they did, when all have ended."""
+    said = [process.communicate(timeout=300) for process in working]
+    return [Called(process.returncode, *text) for process, text in zip(working, said, strict=True)]
+
+
+def launch(launcher: list[dict[str, str]], cwd: Path, *words: str) -> list[Called]:
+    """The same command in processes that know of each other, to their end."""
+    return ended(started(launcher, cwd, *words))
 
 
 def listing(folder: Path) -> set[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,32 @@ def test_a_folder_lost_between_two_renames_comes_back(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), artifacts.atomic_dir(target):
         raise RuntimeError("again")
     assert [p.name for p in target.iterdir()] == ["old.txt"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    code = """
+import os, pathlib, sys
+from editunlearn import artifacts
+folder = pathlib.Path(sys.argv[1])
+with artifacts.atomic_path(folder / "a [1].bin") as file, artifacts.atomic_dir(folder / "run") as other:
+    file.write_bytes(b"half")
+    (file.parent / ".tmpGPLiFn").write_bytes(b"of a library")
+    (other / "half.txt").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+        assert len(list(tmp_path.iterdir())) == 2  # that of the one before is gone
+    artifacts.atomic_write_bytes(tmp_path / "a.bin", b"another")
+    assert len(list(tmp_path.iterdir())) == 3
+    with artifacts.atomic_path(tmp_path / "a [1].bin") as mine:
+        mine.write_bytes(b"all")
+        artifacts.atomic_write_bytes(tmp_path / "a [1].bin", b"meanwhile")  # one that lives is left alone
+    with artifacts.atomic_dir(tmp_path / "run") as folder:
+        (folder / "new.txt").write_text("new")
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert found == {"a.bin", "a [1].bin", "run", "run/new.txt"} and mine.parent.exists() is False
+    assert (tmp_path / "a [1].bin").read_bytes() == b"all"
 
 
 def test_sha256_of_a_file(tmp_path: Path) -> None:

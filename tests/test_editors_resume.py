@@ -193,6 +193,44 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, text: str, monkeypat
     assert not list(tmp_path.rglob("partial*"))
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_measurement_killed_among_its_last_files_leaves_nothing(
+    kept: int, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "WORK_PER_SAVING", 0.0)
+    monkeypatch.setattr(moments, "WINDOWS", 2)
+    lm, hp, console = tiny.lm(), settings("memit", text).moments, Console(quiet=True)
+    sites = lm.layout.sites([0, 1])
+    whole = moments.get(lm, sites, hp, tmp_path / "whole", console)
+    put, puts = Workspace.put, []
+
+    def put_until(self: Workspace, name: str, tensors: Any) -> None:
+        if name == "moment" and len(puts) == kept:
+            raise Killed
+        puts.extend([name] if name == "moment" else [])
+        put(self, name, tensors)
+
+    def never(self: Workspace) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Workspace, "put", put_until)
+        patch.setattr(Workspace, "remove", never)
+        moments.get(lm, sites, hp, tmp_path / "killed", console)
+    assert len(puts) == kept and len(list((tmp_path / "killed").rglob("partial*"))) == 1
+    add, passes = moments.add_windows, []
+    monkeypatch.setattr(moments, "add_windows", lambda *a: (passes.append(a[1]), add(*a))[1])
+    again = moments.get(lm, sites, hp, tmp_path / "killed", console)
+    assert all(torch.equal(whole[n].moment, again[n].moment) for n in whole)
+    assert passes == ([] if kept == 2 else [sites[kept:]])  # only what came after the last saving, of what is missing
+    assert _everything(tmp_path / "killed") == _everything(tmp_path / "whole")
+
+
+def _everything(folder: Path) -> set[Path]:
+    """Files and folders."""
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize(("method", "more"), [("memit", ""), ("alphaedit", "nullspace.soft=false")])
 def test_what_depends_on_the_second_moment_alone_is_made_once(
     method: str, more: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch

@@ -221,7 +221,7 @@ def test_disk_full(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     before, real = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file()}, Path.write_bytes
 
     def full(path: Path, data: bytes) -> int:
-        if path.name.startswith(f".{name}."):
+        if path.parent.name.startswith(f".{name}."):
             real(path, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, data)

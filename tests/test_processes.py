@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,20 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from editunlearn.lm.processes import Processes, launched
-
-TORCHRUN = [
-    {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} for rank in (0, 1)
-]
-SLURM = [
-    {
-        "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank),
-        "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
-    }
-    for rank in (0, 1)
-]
 
 
 @pytest.fixture(scope="module")
@@ -42,38 +26,14 @@ def moments(cache: Path) -> list[torch.Tensor]:
     return [load_file(path)["moment"] for path in found]
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-def launch(launcher: list[dict[str, str]], cwd: Path, *words: str) -> list[runs.Called]:
-    """The same command in two processes that know of each other."""
-    port = free_port()
-    working = [
-        subprocess.Popen(
-            runs.argv(*words),
-            cwd=cwd,
-            env={**runs.environment(), **place, "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for place in launcher
-    ]
-    said = [process.communicate(timeout=300) for process in working]
-    return [runs.Called(process.returncode, *text) for process, text in zip(working, said, strict=True)]
-
-
-@pytest.mark.parametrize("launcher", [TORCHRUN, SLURM])
+@pytest.mark.parametrize("launcher", [runs.TORCHRUN, runs.SLURM])
 def test_two_processes_give_the_moments_of_one(
     launcher: list[dict[str, str]], world: runs.World, tmp_path: Path
 ) -> None:
     flags = [*world.stats_flags(tmp_path / "one"), "--set", "moments.length=32", "--json"]
     assert runs.call("stats", *flags).code == 0
     flags[flags.index(str(tmp_path / "one"))] = str(tmp_path / "two")
-    first, second = launch(launcher, tmp_path, "editunlearn.stats", *flags)
+    first, second = runs.launch(launcher, tmp_path, "editunlearn.stats", *flags)
     assert first.code == second.code == 0, first.err + second.err
     assert len(json.loads(first.out)) == 1 and second.out == ""  # one of them speaks
     (alone,), (together,) = moments(tmp_path / "one"), moments(tmp_path / "two")
@@ -85,13 +45,13 @@ def test_more_processes_than_batches(world: runs.World, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text(runs.TEXT.split("\n\n")[0], encoding="utf-8")
     flags = world.stats_flags(tmp_path / "cache", "--set", f"moments.text={short}", "--set", "moments.length=32")
-    assert [one.code for one in launch(TORCHRUN, tmp_path, "editunlearn.stats", *flags)] == [0, 0]
+    assert [one.code for one in runs.launch(runs.TORCHRUN, tmp_path, "editunlearn.stats", *flags)] == [0, 0]
     assert len(moments(tmp_path / "cache")) == 1
 
 
 def test_what_the_launcher_says() -> None:
     assert launched({}) == Processes() == launched({"WORLD_SIZE": "1", "RANK": "0"})
-    assert launched(TORCHRUN[1]) == Processes(1, 2, 1) == launched(SLURM[1])
+    assert launched(runs.TORCHRUN[1]) == Processes(1, 2, 1) == launched(runs.SLURM[1])
     # a shell inside of an allocation is no step of four
     assert launched({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == Processes()
     shares = [list(Processes(rank, 3).share(range(7))) for rank in range(3)]
@@ -130,7 +90,7 @@ def test_two_processes_make_the_edit_of_one(method: str, world: runs.World, tmp_
     alone = runs.call("apply", *flags, "--out", str(tmp_path / "one"))
     assert alone.code == 0, alone.err
     flags[flags.index("--cache-dir") + 1] = str(tmp_path / "cache")
-    first, second = launch(TORCHRUN, tmp_path, "editunlearn.apply", *flags, "--out", str(tmp_path / "two"))
+    first, second = runs.launch(runs.TORCHRUN, tmp_path, "editunlearn.apply", *flags, "--out", str(tmp_path / "two"))
     assert first.code == second.code == 0, first.err + second.err
     assert second.out == second.err == "" and "to forget" in first.out
     assert runs.listing(tmp_path / "one") == runs.listing(tmp_path / "two")
@@ -158,7 +118,7 @@ def test_two_processes_measure_what_one_does(world: runs.World, tmp_path: Path) 
     flags += ["--facts", str(world.root / "facts.jsonl"), "--retain", str(world.root / "retain.jsonl"), "--json"]
     alone = runs.call("evaluate", *flags, "--out", str(tmp_path / "one"))
     assert alone.code == 0, alone.err
-    first, second = launch(TORCHRUN, tmp_path, "editunlearn.evaluate", *flags, "--out", str(tmp_path / "two"))
+    first, second = runs.launch(runs.TORCHRUN, tmp_path, "editunlearn.evaluate", *flags, "--out", str(tmp_path / "two"))
     assert first.code == second.code == 0, first.err + second.err
     assert second.out == second.err == ""
     near(json.loads(alone.out), json.loads(first.out))
@@ -170,11 +130,11 @@ def test_two_processes_measure_what_one_does(world: runs.World, tmp_path: Path) 
 def test_what_goes_wrong_in_one_ends_all(world: runs.World, tmp_path: Path) -> None:
     code = "from editunlearn.lm.processes import joined\nwith joined() as here:\n    "
     (tmp_path / "fails.py").write_text(code + "here.each(lambda: 1 // (1 - here.rank))\n", encoding="utf-8")
-    both = launch(TORCHRUN, tmp_path, "fails")
+    both = runs.launch(runs.TORCHRUN, tmp_path, "fails")
     assert [one.code for one in both] == [1, 1]
     assert all("ZeroDivisionError" in one.err for one in both)  # the first one is told, and does not wait
     trained = ["--hparams", "npo", "--model", str(world.model), "--facts", str(world.root / "facts.jsonl")]
-    both = launch(TORCHRUN, tmp_path, "editunlearn.apply", *trained, "--out", str(tmp_path / "y"))
+    both = runs.launch(runs.TORCHRUN, tmp_path, "editunlearn.apply", *trained, "--out", str(tmp_path / "y"))
     assert [one.code for one in both] == [2, 2] and "Start one process" in both[0].err
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import delta_samples as samples
 import pytest
 import torch
-from edits import request
-from unlearning import lm, probability, same, settings
+from unlearning import ASKED, lm, probability, same, settings
 
 from editunlearn import methods
 from editunlearn.console import Console
@@ -19,8 +18,6 @@ from editunlearn.lm.weights import linear_maps
 from editunlearn.unlearners import localise, losses, parameters, probe, rows
 from editunlearn.unlearners.passes import Passes
 from editunlearn.unlearners.training import gradients
-
-ASKED = request((0, 1, 2), (3, 4, 5))
 
 
 def some(seed: int) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from editunlearn.lm.chat import Chat
-from editunlearn.lm.layout import layout_of
 from editunlearn.lm.loading import LM
+from editunlearn.lm.recognise import layout_of
 
 TYPES = (
     "llama",

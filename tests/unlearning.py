@@ -9,7 +9,7 @@ from typing import Any
 
 import tiny
 import torch
-from edits import TAUGHT
+from edits import TAUGHT, request
 
 from editunlearn import unlearners
 from editunlearn.facts.records import Fact
@@ -17,6 +17,7 @@ from editunlearn.hparams import load_hparams
 from editunlearn.lm.likelihood import score
 from editunlearn.unlearners import rows
 
+ASKED = request((0, 1, 2), (3, 4, 5))
 FEW: dict[str, list[str]] = {
     "ga": ["train.epochs=3"],
     "ce_u": ["train.epochs=3"],

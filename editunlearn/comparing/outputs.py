@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from editunlearn.comparing import views
 from editunlearn.comparing.asking import TEST
+from editunlearn.comparing.queue import Cell
 from editunlearn.evaluation.report import page, plots
 from editunlearn.evaluation.results import Value
 
 if TYPE_CHECKING:
-    from editunlearn.comparing.queue import Cost, Queue, Runs
+    from editunlearn.comparing.queue import Cost, Queue
+    from editunlearn.comparing.schedule import Runs
 
 COLUMNS = {
     "forget.leak": "leak",
@@ -184,7 +186,7 @@ def html(queue: Queue, found: Sequence[Runs], title: str, svg: str | None) -> st
     """The report page: the unedited model and the chosen trial of every method (seed 0) side by side, by suite."""
     from editunlearn.evaluation.report.gathering import gather
 
-    folders = [queue.folder(runs.arm, runs.chosen, 0) for runs in found if (runs.chosen, 0) in runs.test]  # type: ignore[arg-type]
+    folders = [queue.folder(Cell(runs.arm, runs.chosen)) for runs in found if (runs.chosen, 0) in runs.test]  # type: ignore[arg-type]
     places: list[Path] = [queue.out / "base" / TEST, *(folder / TEST for folder in folders)]
     other = [folder / name for name in queue.asking.folders for folder in (queue.out / "base", *folders)]
     sections = [page.section(suite, columns) for suite, columns in gather([*places, *other]).items()]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
     from editunlearn.facts.records import Fact
-    from editunlearn.hparams import MethodHParams
+    from editunlearn.hparams import MethodHParams, Moments
+    from editunlearn.lm.layout import Site
     from editunlearn.lm.loading import LM
 
 RECORD = "run.json"
@@ -53,24 +54,28 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Runs:
-    """What came of one method.
-
-    Attributes:
-        trials: on the validation half, those that did not fail.
-        chosen, matched: trials that are shown; None: there is none.
-        failed: run -> reason.
-        test: (trial, seed) -> summary on the test half.
-        costs: (trial, seed) -> cost.
-    """
+class Cell:
+    """One run of a comparison: a method's trial with a seed, asked on the validation half or on the test half."""
 
     arm: Arm
-    trials: list[Point] = field(default_factory=list)
-    chosen: int | None = None
-    matched: int | None = None
-    failed: dict[str, str] = field(default_factory=dict)
-    test: dict[tuple[int, int], Mapping[str, Any]] = field(default_factory=dict)
-    costs: dict[tuple[int, int], Cost] = field(default_factory=dict)
+    trial: int
+    seed: int = 0
+    test: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder; both halves are asked of the same edit."""
+        return f"trial{self.trial}-seed{self.seed}"
+
+    @property
+    def half(self) -> str:
+        """What it is asked."""
+        return TEST if self.test else VALIDATION
+
+    @property
+    def hparams(self) -> MethodHParams:
+        """Its settings."""
+        return seeded(self.arm.trials[self.trial], self.seed)
 
 
 @dataclass
@@ -102,58 +107,32 @@ class Queue:
         where = self.out / "base"
         return {which: self.asking.ask(which, where, "base", None) for which in (VALIDATION, TEST)}
 
-    def arm(self, arm: Arm, done: Callable[[], None]) -> Runs:
-        """All runs of one method: its trials, then the trials that are shown with every seed, on the test half."""
-        trials, failed = [], {}
-        for number in range(len(arm.trials)):
-            record = self._record(arm, number, 0)
-            if record["reason"] is None:
-                trials.append(views.point(arm.name, number, 0, record[VALIDATION]))
-            else:
-                failed[_name(number, 0)] = record["reason"]
-            done()
-        best, level = views.best(trials), views.matched(trials, self.level)
-        shown = list(dict.fromkeys(point.trial for point in (best, level) if point is not None))
-        found = Runs(arm, trials, best.trial if best else None, level.trial if level else None, failed)
-        for trial in shown:
-            for seed in range(self.seeds):
-                record = self._record(arm, trial, seed, test=True)
-                if record["reason"] is None:
-                    found.test[trial, seed] = record[TEST]
-                    found.costs[trial, seed] = Cost(**record["cost"])
-                else:
-                    failed[_name(trial, seed)] = record["reason"]
-                done()
-        for number in range(len(arm.trials)):
-            # the numbers of others stay, and of one that diverged its last good state
-            if number not in shown and _name(number, 0) not in failed:
-                _forget_delta(self.folder(arm, number, 0))
-        return found
-
-    def folder(self, arm: Arm, trial: int, seed: int) -> Path:
+    def folder(self, cell: Cell) -> Path:
         """Where a run is."""
-        return self.out / "runs" / arm.folder / _name(trial, seed)
+        return self.out / "runs" / cell.arm.folder / cell.name
 
-    def _record(self, arm: Arm, trial: int, seed: int, *, test: bool = False) -> dict[str, Any]:
+    def recorded(self, cell: Cell) -> dict[str, Any] | None:
+        """What is known of a run; None: nothing, or only of one with other settings or inputs."""
+        record: dict[str, Any] | None = cached_json(self.folder(cell) / RECORD, dict)
+        return record if record is not None and record.get("key") == self._key(cell) else None
+
+    def record(self, cell: Cell) -> dict[str, Any]:
         """The record of a run, which is run first where that has not been done."""
         from editunlearn.deltas.files import MANIFEST, load
         from editunlearn.hparams import resolved
-        from editunlearn.workspace import key_of
 
-        hp, folder = seeded(arm.trials[trial], seed), self.folder(arm, trial, seed)
-        key = key_of({**self.inputs, "hparams": resolved(hp)})
-        record: dict[str, Any] | None = cached_json(folder / RECORD, dict)
-        if record is not None and (record.get("key") != key or (self.retry and record["reason"] is not None)):
+        folder, record = self.folder(cell), self.recorded(cell)
+        if (record is None and (folder / RECORD).exists()) or (self.retry and record and record["reason"] is not None):
             record = None
             shutil.rmtree(folder)
-        which = TEST if test else VALIDATION
-        if record is not None and (record["reason"] is not None or which in record):
+        if record is not None and (record["reason"] is not None or cell.half in record):
             return record
-        label = arm.name if seed == 0 else f"{arm.name}, seed {seed}"
-        label = f"{label}, trial {trial}" if trial else label
-        self.console.info(f"{arm.name}: trial {trial}, seed {seed}, {which}")
-        about = {"arm": arm.name, "trial": trial, "seed": seed, "hparams": resolved(hp)}
-        record = record or {"key": key, **about, "reason": None}
+        hp, name = cell.hparams, cell.arm.name
+        label = name if cell.seed == 0 else f"{name}, seed {cell.seed}"
+        label = f"{label}, trial {cell.trial}" if cell.trial else label
+        self.console.info(f"{name}: trial {cell.trial}, seed {cell.seed}, {cell.half}")
+        about = {"arm": name, "trial": cell.trial, "seed": cell.seed, "hparams": resolved(hp)}
+        record = record or {"key": self._key(cell), **about, "reason": None}
         try:
             if "cost" not in record or not (folder / MANIFEST).is_file():
                 delta, cost = self._edit(hp, folder)
@@ -161,20 +140,43 @@ class Queue:
                 atomic_write_json(folder / RECORD, record)
             else:
                 delta = load(folder, self.lm)
-            record[which] = self.asking.ask(which, folder, label, delta)
+            record[cell.half] = self.asking.ask(cell.half, folder, label, delta)
         except (NumericalError, OverBudget, InputError, RuntimeError, MemoryError) as error:
             record["reason"] = _reason(error)
-            self.console.warn(f"{arm.name}, {_name(trial, seed)} failed: {record['reason']}")
+            self.console.warn(f"{name}, {cell.name} failed: {record['reason']}")
             if isinstance(error, OverBudget):
                 _forget_delta(folder)  # of one that diverged, the last good state may be looked at
         atomic_write_json(folder / RECORD, record)
         return record
 
+    def point(self, cell: Cell, record: Mapping[str, Any]) -> Point | None:
+        """A trial as the views see it; None: it failed, or has not been asked yet."""
+        if record["reason"] is not None or VALIDATION not in record:
+            return None
+        return views.point(cell.arm.name, cell.trial, cell.seed, record[VALIDATION])
+
+    def forget_beaten(self, arm: Arm) -> None:
+        """Of trials that will not be shown, whatever the others bring, keep the numbers alone."""
+        cells = [Cell(arm, number) for number in range(len(arm.trials))]
+        points = [p for cell in cells if (r := self.recorded(cell)) and (p := self.point(cell, r))]
+        shown = views.shown(points, self.level)
+        for point in points:
+            if point.trial not in shown:
+                _forget_delta(self.folder(cells[point.trial]))
+
+    def _key(self, cell: Cell) -> str:
+        from editunlearn.hparams import resolved
+        from editunlearn.workspace import key_of
+
+        return key_of({**self.inputs, "hparams": resolved(cell.hparams)})
+
     def _edit(self, hp: MethodHParams, folder: Path) -> tuple[Delta, Cost]:
         """The delta of a run, saved, and what it took. With a budget an interrupted edit starts over."""
+        from editunlearn.editors import moments
         from editunlearn.pipeline import forget
 
-        self._prepare(hp)
+        if (needed := self.moments(hp)) is not None:  # no run is charged for them, as if they were there
+            moments.get(self.lm, *needed, self.cache, self.console)
         resumed = not self.budget and (folder / WORK).is_dir()
         told = reset_peak_memory()
         meter = Meter(self.lm, self.budget)
@@ -196,22 +198,23 @@ class Queue:
         memory = peak_memory() if told else None
         return delta, Cost(meter.seconds, meter.flops, meter.tokens, memory, changed, delta.nbytes, resumed)
 
-    def _prepare(self, hp: MethodHParams) -> None:
-        """Second moments are made once for a model and cached: no run is charged for them, as if they were there."""
+    def moments(self, hp: MethodHParams) -> tuple[list[Site], Moments] | None:
+        """The second moments that a method needs: where, and of which text; None: it needs none.
+
+        Raises:
+            InputError: blocks that the model does not have, or has not been traced for.
+        """
         from editunlearn import editors
-        from editunlearn.editors import located, moments
+        from editunlearn.editors import located
         from editunlearn.hparams import EditorHParams
-        from editunlearn.lm.layout import resolve_layers
+        from editunlearn.lm.layers import resolve_layers
 
-        if isinstance(hp, EditorHParams) and hp.moments.text != "none":
-            default = editors.module(hp.method).DEFAULT_LAYERS
-            where, _ = located.settled(self.lm, hp, self.cache, default)
-            layers, _ = resolve_layers(where.layers, self.lm.layout.num_layers(self.lm.model), default)
-            moments.get(self.lm, self.lm.layout.sites(layers), hp.moments, self.cache, self.console)
-
-
-def _name(trial: int, seed: int) -> str:
-    return f"trial{trial}-seed{seed}"
+        if not isinstance(hp, EditorHParams) or hp.moments.text == "none":
+            return None
+        default = editors.module(hp.method).DEFAULT_LAYERS
+        where, _ = located.settled(self.lm, hp, self.cache, default)
+        layers, _ = resolve_layers(where.layers, self.lm.layout.num_layers(self.lm.model), default)
+        return self.lm.layout.sites(layers), hp.moments
 
 
 def _reason(error: BaseException) -> str:

@@ -68,6 +68,12 @@ def matched(points: Sequence[Point], level: float) -> Point | None:
     return min(enough, key=lambda p: (-p.kept, p.perplexity, p.trial), default=None)
 
 
+def shown(points: Sequence[Point], level: float) -> list[int]:
+    """Trials of a method that are shown: the best and the matched one, each once; with more trials none comes back."""
+    found = (best(points), matched(points, level))
+    return list(dict.fromkeys(point.trial for point in found if point is not None))
+
+
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """For each (leak, kept), whether no other leaks as little and keeps as much, and one of both strictly better."""
     return [

@@ -27,10 +27,12 @@ from editunlearn.deltas.manifest import (
     installed_versions,
 )
 from editunlearn.errors import NumericalError
+from editunlearn.hparams import resolved
 from editunlearn.lm.weights import is_transposed
 
 if TYPE_CHECKING:
-    from editunlearn.facts.records import Fact
+    from editunlearn.facts.records import Fact, ForgetRequest
+    from editunlearn.hparams import MethodHParams
 
 Columns = Sequence[str | None]
 W = TypeVar("W", bound=WeightDelta[Any])
@@ -87,6 +89,26 @@ def make_delta(
         versions=installed_versions(),
     )
     return with_gain(lm, LowRankDelta(factors, manifest), dtype)
+
+
+def what_was_asked(
+    request: ForgetRequest, hp: MethodHParams, target_strategy: str, *, store_facts: bool = False
+) -> dict[str, Any]:
+    """What a manifest says of a request and the settings that it was met with, for :func:`make_delta` and its like.
+
+    Args:
+        target_strategy: how the facts came to their targets.
+        store_facts: keep their text in the manifest.
+    """
+    return {
+        "method": hp.method,
+        "hparams": resolved(hp),
+        "facts": request.facts,
+        "target_strategy": target_strategy,
+        "seeds": {"seed": hp.seed},
+        "retain": request.retain,
+        "store_facts": store_facts,
+    }
 
 
 def with_gain(lm: LoadedModel, delta: W, dtype: torch.dtype | None = None) -> W:

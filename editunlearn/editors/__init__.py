@@ -70,46 +70,13 @@ def schema(method: str) -> type[MethodHParams]:
     return found
 
 
-def fit(
-    lm: LM,
-    request: ForgetRequest,
-    hp: MethodHParams,
-    *,
-    past: PastKeys | None = None,
-    earlier: Earlier | None = None,
-    work: Workspace | None = None,
-    cache: Path | None = None,
-    console: Console | None = None,
-    store_facts: bool = False,
-    target_strategy: str = "counterfactual",
-) -> Delta:
+def fit(lm: LM, request: ForgetRequest, hp: MethodHParams, **options: Any) -> Delta:
     """The change that makes the model say each fact's target; the model itself is not changed.
 
     Args:
-        request: facts with targets, and facts to keep.
-        past: keys of earlier edits, which are then preserved too (``run`` also returns the extended ones).
-        earlier: edits to go on from; the result holds them too. They bring their own past keys.
-        work: keeps finished stages of this run. None: an interrupted run starts over.
-        cache: folder for second moments and context prefixes; None measures them anew.
-        store_facts: keep the facts' text in the manifest.
-        target_strategy: how the targets were made, for the manifest.
-
-    Raises:
-        InputError: layers that the model does not have, facts without target, and the like.
-        NumericalError: a loss or factor that is not finite, or a system without a solution.
+        options: as for :func:`run`.
     """
-    return run(
-        lm,
-        request,
-        hp,
-        past=past,
-        earlier=earlier,
-        work=work,
-        cache=cache,
-        console=console,
-        store_facts=store_facts,
-        target_strategy=target_strategy,
-    )[0]
+    return run(lm, request, hp, **options)[0]
 
 
 def run(
@@ -125,12 +92,27 @@ def run(
     store_facts: bool = False,
     target_strategy: str = "counterfactual",
 ) -> tuple[Delta, PastKeys]:
-    """Like :func:`fit`, with the past keys that a next edit needs."""
+    """Like :func:`fit`, with the past keys that a next edit needs.
+
+    Args:
+        request: facts with targets, and facts to keep.
+        past: keys of earlier edits, which are then preserved too.
+        earlier: edits to go on from; the result holds them too. They bring their own past keys.
+        work: keeps finished stages of this run. None: an interrupted run starts over.
+        cache: folder for second moments and context prefixes; None measures them anew.
+        store_facts: keep the facts' text in the manifest.
+        target_strategy: how the targets were made, for the manifest.
+
+    Raises:
+        InputError: layers that the model does not have, facts without target, and the like.
+        NumericalError: a loss or factor that is not finite, or a system without a solution.
+    """
     from editunlearn.console import Console
+    from editunlearn.deltas.build import check_norm, make_delta, what_was_asked, with_gain
     from editunlearn.deltas.kinds import compose
     from editunlearn.editors import located
     from editunlearn.editors.past import PastKeys
-    from editunlearn.hparams import BlockHParams, EditorHParams, MemoryHParams, resolved
+    from editunlearn.hparams import BlockHParams, EditorHParams, MemoryHParams
     from editunlearn.workspace import Workspace
 
     hp, _ = located.settled(lm, hp, cache, module(hp.method).DEFAULT_LAYERS)
@@ -141,15 +123,7 @@ def run(
         earlier.check_model(lm)
         earlier.check_method(hp, _sites(lm, hp))
         past = earlier.past
-    about: dict[str, Any] = {
-        "method": hp.method,
-        "hparams": resolved(hp),
-        "facts": request.facts,
-        "target_strategy": target_strategy,
-        "seeds": {"seed": hp.seed},
-        "retain": request.retain,
-        "store_facts": store_facts,
-    }
+    about = what_was_asked(request, hp, target_strategy, store_facts=store_facts)
     if isinstance(hp, MemoryHParams):
         from editunlearn.deltas.memory import make_memory
         from editunlearn.editors import memory_flow
@@ -158,8 +132,6 @@ def run(
         name, made = memory_flow.run(lm, request, hp, module(hp.method), work, cache, console)
         remembered = make_memory(lm, {name: made.memory}, entries={name: made.entries}, **about)
         return compose(earlier.delta, remembered) if earlier is not None else remembered, past
-    from editunlearn.deltas.build import check_norm, make_delta, with_gain
-
     if isinstance(hp, BlockHParams):
         from editunlearn.deltas.dense import DenseDelta, make_dense
         from editunlearn.editors import block_flow
@@ -193,7 +165,7 @@ def run(
 
 def _sites(lm: LM, hp: MethodHParams) -> list[str]:
     """Modules that a method would edit here."""
-    from editunlearn.lm.layout import resolve_layers
+    from editunlearn.lm.layers import resolve_layers
 
     layers, _ = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), module(hp.method).DEFAULT_LAYERS)
     return [site.name for site in edited(lm.model, lm.layout, hp, layers)]

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from editunlearn.deltas.changes import Changes, optimiser_state, restore
-from editunlearn.editors import chunks, contexts, finding, keeping, memory_flow
-from editunlearn.errors import InputError, NumericalError
+from editunlearn.editors import chunks, contexts, finding, keeping, located, memory_flow
+from editunlearn.errors import NumericalError
 from editunlearn.lm.attention import short_rows
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.hooks import StopForward, first_tensor, frozen
-from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.lm.weights import linear_maps
@@ -102,11 +101,7 @@ def run(
         UnsupportedError: the block's weights are quantised.
         NumericalError: a loss that is not finite.
     """
-    if not request.facts:
-        raise InputError("there are no facts to forget.")
-    layers, why = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), method.DEFAULT_LAYERS)
-    console.info(f"block: {layers[0]} ({why})")
-    name = lm.layout.block_name(layers[0])
+    name = lm.layout.block_name(located.blocks(lm, request, hp, method, console)[0])
     held = earlier.active(lm) if earlier is not None else nullcontext()
     with frozen(lm.model), short_rows(lm.device), held:
         facts, kept = _lessons(lm, request, hp, name, work, cache, console)

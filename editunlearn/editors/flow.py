@@ -13,18 +13,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from editunlearn.editors import chunks, contexts, finding, keeping, keys, lookalikes, merging, moments, reading, spread
+from editunlearn.editors import (
+    chunks,
+    contexts,
+    finding,
+    keeping,
+    keys,
+    located,
+    lookalikes,
+    merging,
+    moments,
+    reading,
+    spread,
+)
 from editunlearn.editors.closed_form import SiteProblem, made_anew
 from editunlearn.editors.past import PastKeys
 from editunlearn.editors.refine import LEAST_ANSWER, Goals, refine, step_units
 from editunlearn.editors.value_types import Values
-from editunlearn.errors import InputError, NumericalError
+from editunlearn.errors import NumericalError
 from editunlearn.facts.text import documents
 from editunlearn.lm.attention import short_rows
 from editunlearn.lm.batching import out_of_memory
 from editunlearn.lm.freeing import give_back
 from editunlearn.lm.hooks import frozen, low_rank_hook, on_output, stack
-from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
 from editunlearn.lm.weights import device_of
 from editunlearn.lm.windows import windows
@@ -90,17 +101,12 @@ class Flow:
             InputError: bad layers, no facts, facts without target.
             NumericalError: a loss or a factor that is not finite, or a system without a solution.
         """
-        if not self.request.facts:
-            raise InputError("there are no facts to forget.")
         with frozen(self.lm.model), short_rows(self.lm.device):
             return self._run()
 
     def _run(self) -> Fit:
-        layers, why = resolve_layers(
-            self.hp.layers, self.lm.layout.num_layers(self.lm.model), self.method.DEFAULT_LAYERS
-        )
+        layers = located.blocks(self.lm, self.request, self.hp, self.method, self.console)
         sites = self.lm.layout.sites(layers)
-        self.console.info(f"layers: {', '.join(map(str, layers))} ({why})")
         texts = self.lm.among.by_first(lambda: contexts.prefixes(self.lm, self.hp.context_prefixes, self.cache))
         rows = contexts.forget_rows(self.lm, self.request.facts, texts, self.hp, self.hp.spellings)
         keep = keeping.facts(self.request, self.hp.retain.max_keys)

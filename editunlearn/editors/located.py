@@ -14,10 +14,14 @@ from editunlearn.artifacts import atomic_write_json, cached_json
 from editunlearn.editors.moments import tokenizer_hash
 from editunlearn.errors import InputError
 from editunlearn.lm.fingerprint import model_fingerprint
-from editunlearn.lm.layout import resolve_layers
+from editunlearn.lm.layers import resolve_layers
 from editunlearn.workspace import key_of
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from editunlearn.console import Console
+    from editunlearn.facts.records import ForgetRequest
     from editunlearn.hparams import MethodHParams
     from editunlearn.lm.loading import LM
 
@@ -55,6 +59,19 @@ def settled(lm: LM, hp: Settings, cache: Path | None, default: Sequence[int | fl
     found = strongest(there["effects"], count)
     why = f"located: the MLPs of largest effect at the last subject token, over {there['facts']} facts"
     return hp.model_copy(update={"layers": found}), why
+
+
+def blocks(lm: LM, request: ForgetRequest, hp: MethodHParams, method: ModuleType, console: Console) -> list[int]:
+    """Numbers of the blocks that a method edits for a request; they are shown, with where they come from.
+
+    Raises:
+        InputError: there are no facts, or a block that the model does not have.
+    """
+    if not request.facts:
+        raise InputError("there are no facts to forget.")
+    found, why = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), method.DEFAULT_LAYERS)
+    console.info(f"layers: {', '.join(map(str, found))} ({why})")
+    return found
 
 
 def strongest(effects: Sequence[float], count: int) -> list[int]:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from editunlearn.editors import contexts
-from editunlearn.errors import InputError
+from editunlearn.editors import contexts, located
 from editunlearn.facts.text import documents
 from editunlearn.hparams import MemoryHParams
 from editunlearn.hparams.training import PASSAGE
 from editunlearn.lm.attention import short_rows
 from editunlearn.lm.hooks import frozen
-from editunlearn.lm.layout import resolve_layers
 from editunlearn.lm.tokens import Row
 from editunlearn.lm.windows import windows
 
@@ -77,11 +75,7 @@ def run(
         InputError: a layer that the model does not have, no facts, facts without target.
         NumericalError: a loss that is not finite.
     """
-    if not request.facts:
-        raise InputError("there are no facts to forget.")
-    layers, why = resolve_layers(hp.layers, lm.layout.num_layers(lm.model), method.DEFAULT_LAYERS)
-    console.info(f"layer: {layers[0]} ({why})")
-    site = lm.layout.site(layers[0])
+    site = lm.layout.site(located.blocks(lm, request, hp, method, console)[0])
     with frozen(lm.model), short_rows(lm.device):
         texts = contexts.prefixes(lm, hp.context_prefixes, cache)
         rows = contexts.forget_rows(lm, request.facts, texts, hp).targets

@@ -124,16 +124,17 @@ def get(
         "tokenizer": tokenizer_hash(lm),
         "windows": hashlib.sha256(repr(windows_of_text).encode()).hexdigest(),
     }
+    share = {"share": [among.rank, among.world]} if among.world > 1 else {}
+    partial = Workspace(_root(cache), {**inputs, **share, "sites": [s.name for s in sites]}, fresh=fresh)
     stores = {s.name: Workspace(_root(cache), {**inputs, "site": s.name}, fresh=fresh) for s in sites}
     widths = {s.name: shape(lm.model, s.name)[1] for s in sites}
     found = {name: SiteMoment(widths[name], store) for name, store in stores.items() if store.holds("moment")}
     lacking = among.union([s.name for s in sites if s.name not in found])  # processes may have caches of their own
     missing = [s for s in sites if s.name in lacking]
     if not missing:
+        partial.remove()  # a run that was killed behind the last of them has left it
         console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, windows_of_text)):,} tokens each")
         return found
-    share = {"share": [among.rank, among.world]} if among.world > 1 else {}
-    partial = Workspace(_root(cache), {**inputs, **share, "sites": [s.name for s in missing]}, fresh=fresh)
     for name, moment in _measure(lm, missing, windows_of_text, partial, console, among):
         if not torch.isfinite(moment).all():
             partial.remove()
@@ -158,11 +159,15 @@ def _measure(
     console: Console,
     among: Processes,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names of sites and their ``C``, the sums of each given up before the next is looked at."""
+    """Names of sites and their ``C``, the sums of each given up before the next is looked at.
+
+    ``partial`` may hold more sites: a run that was killed while it put the moments had finished some.
+    """
     sums: dict[str, SecondMoment] = {}
     batches = among.share(_batches(pieces))
     done, saved, writing = 0, time.monotonic(), 0.0
-    if kept := partial.get("partial"):
+    kept = partial.get("partial")
+    if kept is not None and all(site.name in kept for site in sites):
         done = int(kept["batches"])
         for site in sites:
             sums[site.name] = SecondMoment(len(kept[site.name]))

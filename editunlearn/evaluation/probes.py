@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from editunlearn.lm.configs import context_length
 from editunlearn.lm.generation import generate
-from editunlearn.lm.layout import context_length
 from editunlearn.lm.likelihood import TokenScores, token_scores
 from editunlearn.lm.tokens import Prompt, Row, encode, encode_target
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from editunlearn.lm.batching import chunks, halving
+from editunlearn.lm.configs import context_length
 from editunlearn.lm.hooks import contiguous_input
-from editunlearn.lm.layout import context_length
 from editunlearn.lm.tokens import Prompt, encode_prompt
 
 if TYPE_CHECKING:

@@ -9,27 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
-from editunlearn.errors import InputError, UnsupportedError
-from editunlearn.lm.structure import expert_in, longest_blocks, output_head, search
-from editunlearn.lm.weights import find, is_transposed, module, quantisation, read_weight
+from editunlearn.lm.weights import is_transposed, module, quantisation, read_weight
 
 __all__ = [
     "Layout",
     "Site",
-    "check_config",
     "is_transposed",
     "known_types",
-    "layout_of",
+    "mixtures",
     "module",
     "quantisation",
     "read_weight",
-    "resolve_layers",
-    "context_length",
-    "text_config",
+    "see_known",
+    "table_row",
 ]
 
 
@@ -226,212 +221,11 @@ def table_row(model_type: str) -> Layout:
     return _table()[model_type]
 
 
-def _see_known() -> str:
-    return f"Known: {', '.join(known_types())}. See lm/layout.py."
-
-
-def text_config(config: Any) -> Any:
-    """The part of a config that describes the text model (the config itself, but for multimodal wrappers)."""
-    getter = getattr(config, "get_text_config", None)
-    return getter(decoder=True) if callable(getter) else config
-
-
-def context_length(config: Any) -> int | None:
-    """Tokens that a model takes at most; None when its configuration does not say."""
-    found = getattr(text_config(config), "max_position_embeddings", None) if config is not None else None
-    return int(found) if found and found > 0 else None
-
-
-# --- what can be said from the config alone
-
-
-# Blocks of these types have no MLP, or mix it into a state-space layer.
-_NO_MLP = ("mamba", "mamba2", "falcon_mamba", "xlstm", "rwkv", "reformer", "cpmant", "xlnet")
-_SHARED_COUNTS = "shared_expert_intermediate_size n_shared_experts moe_num_shared_experts".split()
-_EXPERT_COUNTS = "num_local_experts num_experts n_routed_experts moe_num_experts num_routed_experts".split()
-
-
-def _expert_count(config: Any) -> int:
-    ffn = getattr(config, "ffn_config", None)  # DBRX keeps the number of experts one level down
-    places = [place for place in (config, ffn) if place is not None]
-    counts = [getattr(place, key, None) for place in places for key in _EXPERT_COUNTS]
-    flat = [n for count in counts for n in (count if isinstance(count, (list, tuple)) else [count])]
-    return max([n for n in flat if isinstance(n, int)], default=0)
-
-
-def check_config(config: Any) -> None:
-    """Refuse, before any weight is loaded, a model that the config alone shows to be uneditable.
-
-    Raises:
-        UnsupportedError: no MLP, mixture of experts, encoder-decoder, encoder only, or not a language model.
-    """
-    kind = str(getattr(config, "model_type", None) or "")
-    text = text_config(config)
-    text_kind = str(getattr(text, "model_type", None) or kind)
-    if kind in _NO_MLP or text_kind in _NO_MLP:
-        raise UnsupportedError(f"model type {kind!r} has no MLP output projection to edit. {_see_known()}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"model type {kind!r} is an encoder-decoder; only decoders can be edited. {_see_known()}"
-        )
-    experts = _expert_count(text)
-    shared = kind in _mixtures() and any(getattr(text, key, None) for key in _SHARED_COUNTS)
-    if experts > 1 and not shared:
-        raise UnsupportedError(_moe_message(kind, f"{experts} experts in each MLP"))
-    if kind in known_types():
-        return
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise UnsupportedError(
-            f"model type {kind!r} is an encoder, a masked language model, not a decoder. {_see_known()}"
-        )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
-        raise UnsupportedError(f"model type {kind!r} is no causal language model of transformers. {_see_known()}")
-
-
-def _mixtures() -> list[str]:
+def mixtures() -> list[str]:
+    """The model types of the table that are mixtures with shared experts, sorted."""
     return sorted(name for names in _SHARED_EXPERTS.values() for name in names.split())
 
 
-def _moe_message(kind: str, what: str) -> str:
-    return (
-        f"model type {kind!r} is a mixture of experts ({what}) without a shared one: which weights a fact passes "
-        "through depends on the routing, which differs from wording to wording, so there is no one MLP output "
-        f"projection to edit. Mixtures with shared experts, which all tokens pass: {', '.join(_mixtures())}. "
-        f"{_see_known()}"
-    )
-
-
-# --- the layout of a loaded model
-
-
-def layout_of(model: nn.Module, config: Any = None) -> Layout:
-    """Module names of a model: from the table by ``config.model_type``, else by structure; see ``reason``.
-
-    Args:
-        model: a causal language model with its head; on the meta device too.
-        config: default ``model.config``.
-
-    Raises:
-        UnsupportedError: mixture of experts, or no MLP output projection can be found.
-    """
-    config = config if config is not None else getattr(model, "config", None)
-    kind = str(getattr(config, "model_type", None) or type(model).__name__)
-    row = _table().get(kind)
-    missing = _missing(row, model) if row is not None else None
-    if row is None or missing:
-        row = _by_structure(model, config, kind)
-        if missing:
-            row = replace(row, reason=f"no module {missing!r} in this {kind}; {row.reason}")
-    row = _adapted(row, model, config)
-    for block in () if row.shared_expert else module(model, row.blocks).children():
-        if (expert := expert_in(block)) is not None:
-            raise UnsupportedError(_moe_message(kind, f"{expert} in its blocks"))
-    return row
-
-
-def _by_structure(model: nn.Module, config: Any, kind: str) -> Layout:
-    hidden = getattr(text_config(config), "hidden_size", None) if config is not None else None
-    longest = longest_blocks(model)
-    # Experts come first: "no MLP output projection" would be true of them, but not the reason.
-    if longest is not None and (expert := expert_in(longest[1][-1])) is not None:
-        raise UnsupportedError(_moe_message(kind, f"{expert} in its blocks"))
-    try:
-        if not isinstance(hidden, int):
-            raise LookupError("states no hidden_size, so its MLP cannot be told from its other parts")
-        found = search(model, hidden)
-    except LookupError as problem:
-        raise UnsupportedError(f"model type {kind!r} {problem}. {_see_known()}") from None
-    return Layout(kind, **vars(found))
-
-
-def _adapted(row: Layout, model: nn.Module, config: Any) -> Layout:
-    """What differs between checkpoints of one model type."""
-    multiplier = getattr(text_config(config), "residual_multiplier", None) if config is not None else None
-    post, attention = row.post_norm_name(0), row.attention_name(0)
-    return replace(
-        row,
-        dense_layers=_dense_layers(row, model),
-        attn_out=row.attn_out if attention and find(model, attention) else None,
-        scales_output=float(multiplier) if isinstance(multiplier, (int, float)) else row.scales_output,
-        head=row.head if find(model, row.head) else str(output_head(model)),
-        post_mlp_norm=row.post_mlp_norm if post and find(model, post) else None,
-    )
-
-
-def _all_sites(row: Layout, model: nn.Module) -> list[Site]:
-    """The sites of all blocks of a mixture, whose blocks may differ; else of the first, which is like the others."""
-    blocks = find(model, row.blocks)
-    return row.sites(range(len(blocks) if row.shared_expert and isinstance(blocks, nn.ModuleList) else 1))
-
-
-def _dense_layers(row: Layout, model: nn.Module) -> frozenset[int]:
-    """Blocks of a mixture that have the plain projection."""
-    plain = [replace(site, name=f"{row.block_name(site.layer)}.{row.dense_out}") for site in _all_sites(row, model)]
-    return frozenset(site.layer for site in plain if row.dense_out and find(model, site.name) is not None)
-
-
-def _missing(row: Layout, model: nn.Module) -> str | None:
-    row = replace(row, dense_layers=_dense_layers(row, model))
-    names = (row.blocks, *(site.name for site in _all_sites(row, model)), row.embed)
-    missing = next((name for name in names if find(model, name) is None), None)
-    # GPT-NeoX called its head embed_out in earlier versions of transformers: the name alone proves nothing.
-    return missing or (row.head if find(model, row.head) is None and output_head(model) is None else None)
-
-
-# --- the `layers` field of the hyperparameters
-
-
-def resolve_layers(
-    spec: str | Sequence[int | float], n_layers: int, default: Sequence[int | float]
-) -> tuple[list[int], str]:
-    """Block numbers for the ``layers`` field.
-
-    Args:
-        spec: ``auto``, ``located`` (whose blocks are known only with the weights: until then those of ``auto``), or
-            a list of block numbers (ints, 0 is the first) and depths (floats from 0 to 1, where
-            0.5 is the middle).
-        n_layers: number of blocks of the model.
-        default: what ``auto`` stands for, in the same notation.
-
-    Returns:
-        The block numbers, sorted, each once; and one phrase that says where they come from.
-
-    Raises:
-        InputError: not a list of numbers, out of range, or a block number given twice.
-    """
-    if isinstance(spec, str):
-        if spec not in ("auto", "located"):
-            raise InputError(f"layers: {spec!r} is neither 'auto' nor 'located' nor a list such as [3, 4] or [0.2].")
-        layers, why = resolve_layers(default, n_layers, default)
-        return layers, f"auto: {why}" if spec == "auto" else "located: known when the weights are; as many as these"
-    problems: list[str] = []
-    numbers: set[int] = set()
-    depths: list[int] = []
-    for item in spec:
-        if isinstance(item, bool) or not isinstance(item, (int, float)):
-            problems.append(f"layers: {item!r} is not a number. Give block numbers (3) or depths (0.2).")
-        elif isinstance(item, int):
-            if not 0 <= item < n_layers:
-                problems.append(f"layers: block {item} does not exist; there are blocks 0 to {n_layers - 1}.")
-            elif item in numbers:
-                problems.append(f"layers: block {item} is given twice.")
-            numbers.add(item)
-        elif not 0.0 <= item <= 1.0:
-            problems.append(f"layers: depth {item} is not from 0.0 to 1.0. Write a block number without a point.")
-        else:
-            depths.append(min(int(item * n_layers + 1e-9), n_layers - 1))  # 0.29 * 100 is 28.999...
-    if not spec:
-        problems.append("layers: the list is empty. Give block numbers, depths, or 'auto'.")
-    if problems:
-        raise InputError(problems)
-    layers = sorted(numbers | set(depths))
-    if not depths:
-        return layers, f"given, of {n_layers} blocks"
-    given = ", ".join(f"{item:g}" for item in spec)
-    merged = "" if len(layers) == len(spec) else " (those that fall on one block count once)"
-    return layers, f"depth {given} of {n_layers} blocks{merged}"
+def see_known() -> str:
+    """For messages: which types the table has."""
+    return f"Known: {', '.join(known_types())}. See lm/layout.py."

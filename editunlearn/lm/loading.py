@@ -13,10 +13,12 @@ from torch import nn
 
 from editunlearn.errors import InputError
 from editunlearn.lm.chat import Chat
+from editunlearn.lm.configs import check_config
 from editunlearn.lm.converted import demo_folder, dtype_name, gguf_folder
 from editunlearn.lm.fingerprint import fingerprint, model_fingerprint
-from editunlearn.lm.layout import Layout, check_config, known_types, layout_of
+from editunlearn.lm.layout import Layout, known_types
 from editunlearn.lm.processes import Processes
+from editunlearn.lm.recognise import layout_of
 from editunlearn.lm.sources import (
     DEMO,
     ModelSize,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
+
+from editunlearn.errors import EditUnlearnError
 
 T = TypeVar("T")
 PORTS = (29500, 1000)
@@ -24,11 +26,13 @@ class Processes:
         rank: its number, from 0.
         world: how many there are.
         local_rank: its number among those on the same machine, which is that of its GPU.
+        store: where the processes leave notes to each other; None: there are no others.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    store: Any = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -50,6 +54,7 @@ class Processes:
 
         Raises:
             Exception: what one of them raised, in all of them, so that none waits for ever.
+            EditUnlearnError: one of them is not there any more.
         """
         if self.world == 1:
             return [make()]
@@ -60,7 +65,15 @@ class Processes:
         except Exception as error:
             mine = (None, error)
         every: list[Any] = [None] * self.world
-        distributed.all_gather_object(every, mine)
+        try:
+            distributed.all_gather_object(every, mine)
+        except RuntimeError as error:  # the connection to one of them is gone
+            if mine[1] is not None and not isinstance(mine[1], distributed.DistError):
+                raise mine[1] from error
+            raise EditUnlearnError(
+                f"another of the {self.world} processes has ended. Finished work is kept; run the same command again "
+                "to go on."
+            ) from error
         for _, raised in every:
             if raised is not None:
                 raise raised
@@ -77,6 +90,44 @@ class Processes:
         for rank, part in enumerate(self.each(lambda: list(make(self.share(items))))):
             found[rank :: self.world] = part
         return found
+
+    def dealt(
+        self, name: str, items: Sequence[T], make: Callable[[T], Any], begun: Callable[[int], None] | None = None
+    ) -> list[Any]:
+        """What ``make`` finds for each of the items, parallel to them; each goes to the process that is free first.
+
+        Nothing is kept of who has which: after a crash the work is dealt anew.
+
+        Args:
+            name: of this work, which no other has.
+            begun: gets how many more items the processes have come to, whenever this one has made one.
+
+        Raises:
+            Exception: what one of them raised, in all of them, when the others have made the rest.
+        """
+
+        def mine() -> dict[int, Any]:
+            found: dict[int, Any] = {}
+            seen = 0
+            for number in self._turns(name, len(items)):
+                found[number] = make(items[number])
+                if begun is not None:
+                    begun(number + 1 - seen)
+                seen = number + 1
+            if begun is not None:
+                begun(len(items) - seen)
+            return found
+
+        together = {number: made for part in self.each(mine) for number, made in part.items()}
+        return [together[number] for number in range(len(items))]
+
+    def _turns(self, name: str, count: int) -> Iterator[int]:
+        """Numbers below ``count``, each to one of the processes, in the order in which they ask."""
+        if self.world == 1:
+            yield from range(count)
+            return
+        while (number := self.store.add(f"dealt/{name}", 1) - 1) < count:
+            yield number
 
     def add(self, tensor: Any) -> Any:
         """The sum of a tensor over all processes, in place."""
@@ -112,6 +163,7 @@ def joined() -> Iterator[Processes]:
         return
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     if torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
@@ -120,14 +172,16 @@ def joined() -> Iterator[Processes]:
     port = os.environ.get("MASTER_PORT") or str(first + int(os.environ.get("SLURM_JOB_ID", "0")) % many)
     # Sums are exchanged as they lie: those of sites on a GPU through NCCL, others through gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, *_ = next(rendezvous(f"tcp://{address}:{port}", here.rank, here.world, timeout=PATIENCE))
+    store.set_timeout(PATIENCE)
     distributed.init_process_group(
         backend,
-        init_method=f"tcp://{address}:{port}",
+        store=distributed.PrefixStore("group", store),  # type: ignore[attr-defined]
         rank=here.rank,
         world_size=here.world,
         timeout=PATIENCE,
     )
     try:
-        yield here
+        yield replace(here, store=distributed.PrefixStore("editunlearn", store))  # type: ignore[attr-defined]
     finally:
         distributed.destroy_process_group()

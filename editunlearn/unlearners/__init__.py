@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from editunlearn.errors import InputError
 from editunlearn.naming import did_you_mean
@@ -92,17 +92,9 @@ def fit(
         NumericalError: the training diverged; the last state that was well is a delta in the workspace.
     """
     from editunlearn.console import Console
-    from editunlearn.hparams import resolved
+    from editunlearn.deltas.build import what_was_asked
     from editunlearn.unlearners import flow
     from editunlearn.workspace import Workspace
 
-    about: dict[str, Any] = {
-        "method": hp.method,
-        "hparams": resolved(hp),
-        "facts": request.facts,
-        "target_strategy": target_strategy,
-        "seeds": {"seed": hp.seed},
-        "retain": request.retain,
-        "store_facts": store_facts,
-    }
+    about = what_was_asked(request, hp, target_strategy, store_facts=store_facts)
     return flow.run(lm, request, hp, work or Workspace(None, {}), console or Console(quiet=True), about)

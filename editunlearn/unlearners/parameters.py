@@ -18,7 +18,7 @@ from editunlearn.deltas.changes import Changes, accumulate
 from editunlearn.deltas.lowrank import Factors, base_norm
 from editunlearn.errors import InputError
 from editunlearn.lm.hooks import low_rank_hook, on_output, stack
-from editunlearn.lm.layout import resolve_layers
+from editunlearn.lm.layers import resolve_layers
 from editunlearn.lm.weights import device_of, linear_maps, module, shape
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from editunlearn.errors import InputError
 from editunlearn.evaluation.probes import Probe
-from editunlearn.lm.layout import context_length
+from editunlearn.lm.configs import context_length
 from editunlearn.lm.tokens import Prompt
 
 if TYPE_CHECKING:
