@@ -46,7 +46,7 @@ def test_apply(finished: tuple[str, Path, Called]) -> None:
     method, out, called = finished
     assert called.code == 0, called.err
     assert listing(out) == RUN_FILES
-    assert "facts to forget" in called.out and "summary" in called.out and "layer: 1" in called.err
+    assert "facts to forget" in called.out and "summary" in called.out and "layers: 1" in called.err
     assert called.err.splitlines()[-1].startswith("next: editunlearn evaluate --delta")
     results = json.loads((out / "results.json").read_text())
     assert results["method"] == method and results["metrics"]["forget_leak"]["edited"] is not None
