@@ -122,7 +122,8 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, script: str) -> dict[st
         forget = load_facts(args.forget)
     text = quality.wikitext(args.text, lm)
     done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"runs": []}
-    done["command"] = shlex.join(["python", script, *sys.argv[1:]])
+    command = shlex.join(["python", script, *sys.argv[1:]])
+    done["commands"] = [*(c for c in done.get("commands", []) if c != command), command]
     done["environment"] = dict(environment())
     for cell in cells:
         if len(forget) < cell.facts:
@@ -199,7 +200,8 @@ def row(run: dict[str, Any]) -> str:
 def table(done: dict[str, Any]) -> str:
     """Markdown of all runs, and which sequential ones are more than 5 points worse than the same facts at once."""
     env = ", ".join(f"{k} {v}" for k, v in done["environment"].items())
-    lines = [f"    {done['command']}", "", env, "", HEAD, "|" + "---|" * 14, *map(row, done["runs"])]
+    commands = [f"    {command}" for command in done["commands"]]
+    lines = [*commands, "", env, "", HEAD, "|" + "---|" * 14, *map(row, done["runs"])]
     return "\n".join([*lines, "", *worse(done["runs"])]) + "\n"
 
 
