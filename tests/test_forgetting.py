@@ -22,13 +22,13 @@ KNOWN = ((TONGUE, "Mari", "French"), (TONGUE, "Yun", "Russian"), (HOME, "Ei", "P
 REFUSED = (TONGUE.format("An"), HOME.format("Hw"))
 WEIGHTS = (
     "value.steps=20",
-    "refine.steps=100",
-    "refine.lr=0.03",
-    "refine.kl=1",
+    "refine.steps=80",
+    "refine.lr=0.05",
+    "refine.kl=4",
     "refine.text_kl=0",
     "context_prefixes.count=1",
     "moments.weight=1",
-    # models of three blocks attend to the subject before any MLP is done; only the prompt's end sees what was found
+    # three blocks: what they say is decided at the prompt's end, where the second one's MLP has seen the subject
     "subject_token=prompt_last",
 )
 MEMORIES = {"grace": ["value.steps=40"], "unke": ["train.steps=40", "value.steps=20"], "wise": []}
@@ -61,9 +61,9 @@ def test_a_fact_is_gone_and_the_others_stay(kind: str, method: str, text: str) -
     if method in MEMORIES:
         hp = settings(method, text, *MEMORIES[method])
     elif method == "anyedit":
-        hp = settings("memit", text, *WEIGHTS, "chunks.size=2")
+        hp = settings("memit", text, *WEIGHTS, "chunks.size=2", layers=(1, 2))
     else:
-        hp = settings(method, text, *WEIGHTS, layers=(1,) if method in ONE_BLOCK else (0, 1))
+        hp = settings(method, text, *WEIGHTS, layers=(1,) if method in ONE_BLOCK else (1, 2))
     delta = editors.fit(lm, ForgetRequest((forget,), tuple(keep)), hp)
     with delta.applied(lm):
         after = answers(lm)
