@@ -21,7 +21,7 @@ from editunlearn.errors import NumericalError, UnsupportedError
 from editunlearn.lm.generation import generate
 from editunlearn.lm.likelihood import score
 from editunlearn.lm.tokens import batch, encode
-from editunlearn.numerics.side import activation, margin, merged, route, threshold
+from editunlearn.numerics.side import activation, margin, merged, near, route, threshold
 from editunlearn.workspace import Workspace
 
 
@@ -59,6 +59,17 @@ def test_merging() -> None:
     assert merged([one, other], "ties", 1.0).tolist() == [[3.0, 5.0, 3.5, 1.0]]
     assert merged([one, other], "ties", 0.5).tolist() == [[4.0, 5.0, 3.5, 0.0]]
     assert merged([one], "ties", 0.25) is one
+
+
+def test_no_active_sequence_is_left_out() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs, update = torch.randn(600, 64, generator=draw), torch.randn(48, 64, generator=draw)
+    owner = torch.arange(60).repeat_interleave(10)
+    exact = activation(inputs, update, owner, 60)
+    for level in (float(exact.median()), float(exact.max())):
+        found = near(inputs.bfloat16(), update, owner, 60, level)
+        assert found[exact >= level].all() and not found[exact < 0.95 * level].any()
+    assert near(inputs, update, owner, 60, 0.0).all()
 
 
 def _trainer(lm: Any, *set_: str, forget: tuple[int, ...] = (0, 1)) -> side.Trainer:

@@ -22,7 +22,7 @@ from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.lm.weights import root_mean_square, shape
 from editunlearn.numerics import losses
-from editunlearn.numerics.side import activation, margin, merged, threshold
+from editunlearn.numerics.side import activation, margin, merged, near, threshold
 
 if TYPE_CHECKING:
     from editunlearn.editors.wise import HParams
@@ -33,23 +33,28 @@ class Seen:
     """What enters and leaves the map at the prompts' tokens of some rows; no memory changes what enters.
 
     Attributes:
-        inputs: (tokens, d_in) float32, row after row.
-        lengths: tokens of each row.
+        inputs: (tokens, d_in) in the model's own precision, row after row.
+        owner: (tokens,) number of the row that each belongs to.
+        count: rows.
         norm: mean norm of the map's outputs there.
     """
 
     inputs: Tensor
-    lengths: list[int]
+    owner: Tensor
+    count: int
     norm: float
 
-    def activation(self, update: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """Of the prompts, or of some of them, (rows,)."""
-        inputs, lengths = self.inputs, self.lengths
-        if rows is not None:
-            each = torch.split(inputs, lengths)
-            inputs, lengths = torch.cat([each[i] for i in rows]), [lengths[i] for i in rows]
-        owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-        return activation(inputs, update, owner.to(inputs.device), len(lengths))
+    def activation(self, update: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Of the prompts, or in their order of those marked in ``rows`` (rows,) bool; float32."""
+        if rows is None:
+            return activation(self.inputs.float(), update, self.owner, self.count)
+        tokens = rows[self.owner]
+        owner = (rows.cumsum(0) - 1)[self.owner[tokens]]
+        return activation(self.inputs[tokens].float(), update, owner, int(rows.sum()))
+
+    def near(self, update: Tensor, level: float) -> Tensor:
+        """Which prompts may have an activation of ``level`` or more, (rows,) bool."""
+        return near(self.inputs, update, self.owner, self.count, level)
 
 
 class Trainer:
@@ -73,7 +78,7 @@ class Trainer:
         if self.why:
             stage.console.warn(f"side memories: all blocks are run at every step, because {self.why}")
         self.forget = self._see(self.rows)
-        self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], [], 0.0)
+        self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], self.forget.owner[:0], 0, 0.0)
         relative = self.hp.margin.scale == "relative"
         self.unit = (self.keep.norm or self.forget.norm) if relative else 1.0
         self.shape = shape(self.lm.model, stage.site.name)
@@ -94,7 +99,7 @@ class Trainer:
                 mask = padded.attention_mask.bool().to(output.device)
                 x = entering.reshape(*mask.shape, -1)
                 for k, i in enumerate(part):
-                    inputs[i] = x[k][mask[k]].float().to(self.lm.device)
+                    inputs[i] = x[k][mask[k]].to(self.lm.device)
                 norms.append(output.reshape(*mask.shape, -1).float().norm(dim=-1)[mask].cpu())
                 raise StopForward
 
@@ -103,11 +108,19 @@ class Trainer:
 
         lengths = [row.prompt_length for row in rows]
         halving(by_length(lengths), run, self.stage.console.warn)
-        return Seen(torch.cat([inputs[i] for i in range(len(rows))]), lengths, float(torch.cat(norms).mean()))
+        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(self.lm.device)
+        together = torch.cat([inputs[i] for i in range(len(rows))])
+        return Seen(together, owner, len(rows), float(torch.cat(norms).mean()))
 
     def of(self, facts: Sequence[int]) -> list[int]:
-        """Numbers of the rows of some facts."""
-        return [fact * self.contexts + k for fact in facts for k in range(self.contexts)]
+        """Numbers of the rows of some facts, in ascending order."""
+        return [fact * self.contexts + k for fact in sorted(facts) for k in range(self.contexts)]
+
+    def inside(self, update: Tensor, facts: Sequence[int]) -> Tensor:
+        """Activations of the facts' prompts, (facts * contexts,)."""
+        rows = torch.zeros(len(self.rows), dtype=torch.bool)
+        rows[self.of(facts)] = True
+        return self.forget.activation(update, rows.to(self.lm.device))
 
     def loss(self, update: Tensor, facts: Sequence[int], *, grad: bool = False) -> float:
         """Loss of a group of facts (WISE): NLL of the targets, mean over tokens and then rows, and the margin.
@@ -121,8 +134,10 @@ class Trainer:
         own = self.of(facts)
         with torch.set_grad_enabled(grad):
             m = self.hp.margin
-            inside, outside = self.forget.activation(update, own), self.keep.activation(update)
             bounds = (self.unit * m.outside, self.unit * m.inside, self.unit * m.gap)
+            inside = self.inside(update, facts)
+            wrong = min(bounds[0], float(inside.detach().min()) - bounds[2])  # less active ones are as they should be
+            outside = self.keep.activation(update, self.keep.near(update, wrong))
             total = m.weight / self.unit * margin(inside, outside, *bounds)
             if grad:
                 total.backward()  # type: ignore[no-untyped-call]
@@ -226,7 +241,7 @@ def _trained(trainer: Trainer, shard: Sequence[int], number: int, progress: Call
 
 @torch.no_grad()
 def _threshold(trainer: Trainer, update: Tensor, facts: Sequence[int]) -> float:
-    inside, outside = trainer.forget.activation(update, trainer.of(facts)), trainer.keep.activation(update)
+    inside, outside = trainer.inside(update, facts), trainer.keep.activation(update)
     routing, warn = trainer.hp.routing, trainer.stage.console.warn
     found = threshold(inside, outside, routing.ratio, routing.clear)
     asleep, woken = int((inside < found).sum()), int((outside >= found).sum())

@@ -34,7 +34,7 @@ class SecondMoment:
     def add(self, rows: Tensor) -> None:
         """Add ``rows`` (n, d), any floating dtype."""
         self.total = self.total.to(rows.device)  # what an interrupted run left comes from the disk
-        if rows.dtype != torch.float64 and not (rows.dtype == torch.bfloat16 and _fast_bfloat16(rows.device)):
+        if rows.dtype != torch.float64 and not (rows.dtype == torch.bfloat16 and fast_bfloat16(rows.device)):
             rows = rows.float()
         width = len(self.total)
         size = max(BLOCK, -(-width // BLOCKS))
@@ -63,7 +63,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.T @ right
 
 
-def _fast_bfloat16(device: torch.device) -> bool:
+def fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are faster than float32 ones; on processors without the instructions they are not."""
     if device.type != "cpu":
         return True

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from editunlearn.numerics.losses import mean_by
+from editunlearn.numerics.moments import fast_bfloat16
 
 Merge = Literal["ties", "magnitude", "linear"]
+
+SLACK = 0.02
+"""What an activation computed in bfloat16 may be short of, relative to itself: several times what was seen."""
 
 
 def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int) -> Tensor:
@@ -26,6 +30,19 @@ def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int) -> Ten
         count: sequences.
     """
     return mean_by(torch.linalg.vector_norm(inputs @ update.T, dim=-1), owner, count)  # its gradient at zero is zero
+
+
+@torch.no_grad()
+def near(inputs: Tensor, update: Tensor, owner: Tensor, count: int, level: float) -> Tensor:
+    """Which sequences may have an activation of ``level`` or more, (count,) bool; in bfloat16 where that is fast.
+
+    Only such prompts to keep have a gradient, and once an update has been trained for a few steps they are few.
+    """
+    if level <= 0:
+        return torch.ones(count, dtype=torch.bool, device=inputs.device)
+    low = torch.bfloat16 if fast_bfloat16(inputs.device) else torch.float32
+    found = torch.linalg.vector_norm(inputs.to(low) @ update.to(low).T, dim=-1, dtype=torch.float32)
+    return mean_by(found, owner, count) >= (1 - SLACK) * level
 
 
 def margin(inside: Tensor, outside: Tensor, low: float, high: float, gap: float) -> Tensor:
