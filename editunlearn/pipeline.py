@@ -112,6 +112,7 @@ def forget(
     from editunlearn.console import Console
     from editunlearn.editors import located
     from editunlearn.evaluation import scoring
+    from editunlearn.hparams import EditorHParams
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.workspace import Workspace
 
@@ -120,6 +121,8 @@ def forget(
     if hp.layers == "located":
         hp, why = located.settled(lm, hp, cache, editors.module(hp.method).DEFAULT_LAYERS)
         console.info(f"layers: {hp.layers} ({why})")
+    elif isinstance(hp, EditorHParams) and (remark := located.remark(lm, hp, cache)):
+        console.info(remark)
     filled = lm.among.by_first(
         lambda: with_targets(
             lm, facts, targets, seed=hp.seed, retain=retain, cache=cache, console=console, stages=stages

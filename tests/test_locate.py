@@ -61,6 +61,15 @@ def test_files_tables_and_located_layers(world: runs.World, tmp_path: Path) -> N
     manifest = json.loads((tmp_path / "edit" / "delta.json").read_text())
     assert manifest["hparams"]["layers"] == wanted
 
+    for strongest in (2, 0):  # by depth it is the first block, and that is not changed by what was traced
+        effects = [float(block == strongest) for block in range(3)]
+        (kept,) = (tmp_path / "cache" / "located").iterdir()
+        kept.write_text(json.dumps({"facts": 2, "effects": effects}))
+        by_depth = [flag if flag != "layers=located" else "layers=auto" for flag in flags]
+        applied = runs.call("apply", *by_depth, "--out", str(tmp_path / f"auto{strongest}"), "--evaluate", "none")
+        assert applied.code == 0, applied.err
+        assert ("tracing 2 facts spoke for [2] (--set layers=located)" in applied.err) == (strongest == 2)
+
     elsewhere = [*flags[: flags.index("--cache-dir") + 1], str(tmp_path / "other"), *flags[flags.index("--set") :]]
     refused = runs.call("apply", *elsewhere, "--out", str(tmp_path / "edit2"))
     assert refused.code == 2 and "has not been traced. Run: editunlearn locate --model" in refused.err

@@ -72,13 +72,14 @@ def test_no_active_sequence_is_left_out() -> None:
     assert near(inputs, update, owner, 60, 0.0).all()
 
 
-def _trainer(lm: Any, *set_: str, forget: tuple[int, ...] = (0, 1)) -> side.Trainer:
+def _trainer(lm: Any, *set_: str, forget: tuple[int, ...] = (0, 1), texts: int = 0) -> side.Trainer:
     asked, hp = request(forget, (3, 4)), settings("wise", "", "context_prefixes.count=1", *set_)
-    texts = contexts.prefixes(lm, hp.context_prefixes, None)
-    rows = contexts.forget_rows(lm, asked.facts, texts, hp).targets
-    keep = memory_flow.prompts_to_keep(lm, asked, hp)[:7]
-    site = lm.layout.site(1)
-    stage = memory_flow.Stage(lm, hp, site, asked.facts, rows, keep, Workspace(None, {}), Console(quiet=True))
+    prefixes = contexts.prefixes(lm, hp.context_prefixes, None)
+    rows = contexts.forget_rows(lm, asked.facts, prefixes, hp).targets
+    kept = memory_flow.prompts_to_keep(lm, asked, hp)[:7]
+    keep, passages = kept[: len(kept) - texts], kept[len(kept) - texts :]
+    work, console = Workspace(None, {}), Console(quiet=True)
+    stage = memory_flow.Stage(lm, hp, lm.layout.site(1), asked.facts, rows, keep, passages, work, console)
     return side.Trainer(stage)
 
 
@@ -105,7 +106,7 @@ def test_loss_and_step_are_the_papers(kind: str, tokens: int) -> None:
     literal = reference_memory.WiseModel(lm, trainer.stage.site.name, update)
     wanted = reference_memory.wise_loss(literal, edits, keep, (0.2, 1.5, 0.7), 2.0)
     ours = update.clone().requires_grad_(True)
-    assert trainer.loss(ours, [0, 1], grad=True) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert trainer.loss(ours, trainer.of([0, 1]), grad=True) == pytest.approx(float(wanted.detach()), rel=1e-5)
     (grad,) = torch.autograd.grad(wanted, literal.update)
     assert ours.grad is not None
     assert float((ours.grad.double() - grad).norm() / grad.norm()) < 1e-4
@@ -114,6 +115,28 @@ def test_loss_and_step_are_the_papers(kind: str, tokens: int) -> None:
     stepped = update.clone().requires_grad_(True)
     trainer._fit(stepped, mask, [0, 1], 1)
     assert torch.allclose(stepped.double(), reference_memory.wise_step(update, grad, mask, 0.5, 0.03), atol=1e-5)
+
+
+def test_passages_count_as_much_as_prompts() -> None:
+    """Of a thousand prompts and a few passages, these would hardly be held otherwise."""
+    lm = tiny.lm()
+    update = 0.05 * torch.randn(_trainer(lm).shape, generator=torch.Generator().manual_seed(3))
+    both = _trainer(lm, texts=2)
+    alone = []
+    for kind in both.keep:
+        one = _trainer(lm, texts=2)
+        one.keep = [kind]
+        alone.append(one.loss(update, one.of([0, 1])))
+    assert alone[0] != pytest.approx(alone[1])
+    assert both.loss(update, both.of([0, 1])) == pytest.approx(sum(alone) / 2)
+
+
+@pytest.mark.parametrize(("most", "turns"), [("null", [[0, 1, 2, 3]]), ("2", [[0, 1], [0, 2], [0, 3]]), ("1", [[0]])])
+def test_contexts_take_turns(most: str, turns: list[list[int]]) -> None:
+    trainer = _trainer(tiny.lm(), "context_prefixes.count=3", f"side.contexts={most}")
+    assert [trainer.of([1], step) for step in range(len(turns))] == [[4 + k for k in own] for own in turns]
+    assert trainer.of([1, 0], len(turns)) == [4 * fact + k for fact in (0, 1) for k in turns[0]]
+    assert trainer.of([1]) == [4, 5, 6, 7]
 
 
 def test_repair_brings_back_what_merging_lost() -> None:
@@ -145,7 +168,7 @@ def test_masks_differ_from_shard_to_shard_and_bound_the_update() -> None:
     assert both < 0.4 * min(share)
     assert float(one.abs().max()) == pytest.approx(limit)
     with pytest.raises(NumericalError, match="not finite"):
-        trainer.loss(torch.full(trainer.shape, torch.inf), [0])
+        trainer.loss(torch.full(trainer.shape, torch.inf), trainer.of([0]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gptj"])

@@ -136,7 +136,8 @@ def _lessons(
             whole = contexts.prompt_alone(of_context[0]) if hp.chunks is None else of_context[-1]
             elsewhere = 1.0 if hp.chunks is None else hp.chunks.preserve
             facts.append(Lesson(whole, tuple(row.lookup for row in of_context), change, elsewhere))
-    return facts, [Lesson(row) for row in memory_flow.rows_to_keep(lm, request, hp)]
+    kept = [*memory_flow.prompts_to_keep(lm, request, hp), *memory_flow.texts_to_keep(lm, hp)]
+    return facts, [Lesson(row) for row in kept]
 
 
 class Trainer:

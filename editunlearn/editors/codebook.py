@@ -39,8 +39,8 @@ def fit(stage: Stage[HParams]) -> Fitted:
     made = balls(found, labels, hp.radius.start * unit)
     centres = found[made.centres]
     radii = REACH * made.radii
-    if hp.radius.clear is not None and stage.keep:
-        kept = keys.collect(lm, stage.keep, [stage.site], warn=stage.console.warn)[stage.site.name]
+    if hp.radius.clear is not None and (stage.keep or stage.texts):
+        kept = keys.collect(lm, [*stage.keep, *stage.texts], [stage.site], warn=stage.console.warn)[stage.site.name]
         radii = clear_of(radii, centres, kept, hp.radius.clear)
     _tell(stage, made, radii, order)
     value = _values(stage, made, rows)

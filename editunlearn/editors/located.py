@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from editunlearn.console import Console
     from editunlearn.facts.records import ForgetRequest
-    from editunlearn.hparams import MethodHParams
+    from editunlearn.hparams import EditorHParams, MethodHParams
     from editunlearn.lm.loading import LM
 
 Settings = TypeVar("Settings", bound="MethodHParams")
@@ -49,16 +49,38 @@ def settled(lm: LM, hp: Settings, cache: Path | None, default: Sequence[int | fl
     """
     if hp.layers != "located":
         return hp, ""
-    there = cached_json(place(lm, cache), dict) if cache is not None else None
-    if there is None:
+    found, facts = traced(lm, cache, default)
+    if not found:
         raise InputError(
             f"layers: located, but {lm.name} with these very weights has not been traced. Run: editunlearn locate "
             f"--model {lm.name}, or set layers to auto."
         )
-    count = len(resolve_layers(default, lm.layout.num_layers(lm.model), default)[0])
-    found = strongest(there["effects"], count)
-    why = f"located: the MLPs of largest effect at the last subject token, over {there['facts']} facts"
+    why = f"located: the MLPs of largest effect at the last subject token, over {facts} facts"
     return hp.model_copy(update={"layers": found}), why
+
+
+def traced(lm: LM, cache: Path | None, default: Sequence[int | float]) -> tuple[list[int], int]:
+    """Blocks that tracing would choose, as many as ``default`` names, and over how many facts; none if these weights
+    have not been traced."""
+    there = cached_json(place(lm, cache), dict) if cache is not None else None
+    if there is None:
+        return [], 0
+    return strongest(there["effects"], len(_by_depth(lm, default))), there["facts"]
+
+
+def remark(lm: LM, hp: EditorHParams, cache: Path) -> str:
+    """What somebody who leaves ``layers: auto`` should know of an earlier tracing; empty if there is nothing."""
+    from editunlearn import editors
+
+    default = editors.module(hp.method).DEFAULT_LAYERS
+    found, facts = traced(lm, cache, default) if hp.layers == "auto" else ([], 0)
+    if not found or found == _by_depth(lm, default):
+        return ""
+    return f"layers: auto goes by depth; tracing {facts} facts spoke for {found} (--set layers=located)"
+
+
+def _by_depth(lm: LM, default: Sequence[int | float]) -> list[int]:
+    return resolve_layers(default, lm.layout.num_layers(lm.model), default)[0]
 
 
 def blocks(lm: LM, request: ForgetRequest, hp: MethodHParams, method: ModuleType, console: Console) -> list[int]:

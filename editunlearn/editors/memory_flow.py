@@ -47,7 +47,8 @@ class Stage(Generic[H]):
         site: the map that the memory is put beside.
         facts: to forget.
         rows: for each fact its rows with the target, the bare prompt first; ``lookup`` is the prompt's last token.
-        keep: prompts and passages to keep.
+        keep: prompts to keep.
+        texts: passages of general text, which are longer than any prompt, to keep.
     """
 
     lm: LM
@@ -56,6 +57,7 @@ class Stage(Generic[H]):
     facts: Sequence[Fact]
     rows: list[list[Row]]
     keep: list[Row]
+    texts: list[Row]
     work: Workspace
     console: Console
 
@@ -77,17 +79,18 @@ def run(
     """
     site = lm.layout.site(located.blocks(lm, request, hp, method, console)[0])
     with frozen(lm.model), short_rows(lm.device):
-        texts = contexts.prefixes(lm, hp.context_prefixes, cache)
-        rows = contexts.forget_rows(lm, request.facts, texts, hp).targets
-        stage = Stage(lm, hp, site, request.facts, rows, rows_to_keep(lm, request, hp), work, console)
+        prefixes = contexts.prefixes(lm, hp.context_prefixes, cache)
+        rows = contexts.forget_rows(lm, request.facts, prefixes, hp).targets
+        keep, texts = prompts_to_keep(lm, request, hp), texts_to_keep(lm, hp)
+        stage = Stage(lm, hp, site, request.facts, rows, keep, texts, work, console)
         found: Fitted = method.fit(stage)
     return site.name, found
 
 
-def rows_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams | BlockHParams) -> list[Row]:
-    """Prompts, and passages of general text, which are longer than any prompt."""
+def texts_to_keep(lm: LM, hp: MemoryHParams | BlockHParams) -> list[Row]:
+    """``hp.texts`` passages of the shipped general text."""
     passages = windows(lm, documents("general"), PASSAGE, PASSAGE * hp.texts) if hp.texts else []
-    return [*prompts_to_keep(lm, request, hp), *(Row(tuple(ids), 0, len(ids)) for ids in passages)]
+    return [Row(tuple(ids), 0, len(ids)) for ids in passages]
 
 
 def prompts_to_keep(lm: LM, request: ForgetRequest, hp: MemoryHParams | BlockHParams) -> list[Row]:

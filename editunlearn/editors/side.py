@@ -62,7 +62,7 @@ class Trainer:
 
     Attributes:
         forget: of the facts' rows, fact after fact, as many to each as there are contexts.
-        keep: of the prompts to keep.
+        keep: of the prompts to keep, and of the passages; each kind counts as much, however few they are.
         unit: what the margins are measured in.
     """
 
@@ -78,9 +78,9 @@ class Trainer:
         if self.why:
             stage.console.warn(f"side memories: all blocks are run at every step, because {self.why}")
         self.forget = self._see(self.rows)
-        self.keep = self._see(stage.keep) if stage.keep else Seen(self.forget.inputs[:0], self.forget.owner[:0], 0, 0.0)
+        self.keep = [self._see(rows) for rows in (stage.keep, stage.texts) if rows]
         relative = self.hp.margin.scale == "relative"
-        self.unit = (self.keep.norm or self.forget.norm) if relative else 1.0
+        self.unit = (self.keep or [self.forget])[0].norm if relative else 1.0
         self.shape = shape(self.lm.model, stage.site.name)
         relative = self.hp.side.scale == "relative"
         self.scale = root_mean_square(self.lm.model, stage.site.name) if relative else 1.0
@@ -112,18 +112,27 @@ class Trainer:
         together = torch.cat([inputs[i] for i in range(len(rows))])
         return Seen(together, owner, len(rows), float(torch.cat(norms).mean()))
 
-    def of(self, facts: Sequence[int]) -> list[int]:
-        """Numbers of the rows of some facts, in ascending order."""
-        return [fact * self.contexts + k for fact in sorted(facts) for k in range(self.contexts)]
+    def of(self, facts: Sequence[int], step: int | None = None) -> list[int]:
+        """Numbers of the rows of some facts, ascending: all of them, or those that a step is made with."""
+        most = self.hp.side.contexts
+        chosen = list(range(self.contexts))
+        if step is not None and most is not None and most < self.contexts:
+            others = self.contexts - 1  # their turns come around, so that what is below the memory is computed once
+            chosen = sorted({0, *(1 + (step * (most - 1) + k) % others for k in range(most - 1))})
+        return [fact * self.contexts + k for fact in sorted(facts) for k in chosen]
 
-    def inside(self, update: Tensor, facts: Sequence[int]) -> Tensor:
-        """Activations of the facts' prompts, (facts * contexts,)."""
+    def inside(self, update: Tensor, own: Sequence[int]) -> Tensor:
+        """Activations of some of the facts' rows, in their order."""
         rows = torch.zeros(len(self.rows), dtype=torch.bool)
-        rows[self.of(facts)] = True
+        rows[list(own)] = True
         return self.forget.activation(update, rows.to(self.lm.device))
 
-    def loss(self, update: Tensor, facts: Sequence[int], *, grad: bool = False) -> float:
-        """Loss of a group of facts (WISE): NLL of the targets, mean over tokens and then rows, and the margin.
+    def outside(self, update: Tensor) -> Tensor:
+        """Activations of all that is to be kept."""
+        return torch.cat([self.forget.inputs.new_zeros(0), *(seen.activation(update) for seen in self.keep)])
+
+    def loss(self, update: Tensor, own: Sequence[int], *, grad: bool = False) -> float:
+        """Loss of some rows (WISE): NLL of the targets, mean over tokens and then rows, and the margin.
 
         Args:
             update: (d_out, d_in) float32; with ``grad`` the gradient is added to its own.
@@ -131,14 +140,14 @@ class Trainer:
         Raises:
             NumericalError: it is not finite.
         """
-        own = self.of(facts)
         with torch.set_grad_enabled(grad):
             m = self.hp.margin
             bounds = (self.unit * m.outside, self.unit * m.inside, self.unit * m.gap)
-            inside = self.inside(update, facts)
+            inside = self.inside(update, own)
             wrong = min(bounds[0], float(inside.detach().min()) - bounds[2])  # less active ones are as they should be
-            outside = self.keep.activation(update, self.keep.near(update, wrong))
-            total = m.weight / self.unit * margin(inside, outside, *bounds)
+            outside = [seen.activation(update, seen.near(update, wrong)) for seen in self.keep] or [inside[:0]]
+            margins = torch.stack([margin(inside, kind, *bounds) for kind in outside])
+            total = m.weight / self.unit * margins.mean()
             if grad:
                 total.backward()  # type: ignore[no-untyped-call]
             found = float(total.detach())
@@ -184,9 +193,9 @@ class Trainer:
         hp, rate = self.hp.side, self.hp.side.lr * self.scale
         kind = torch.optim.Adam if hp.scale == "relative" else torch.optim.SGD
         optimizer: torch.optim.Optimizer = kind([update], lr=rate)
-        for _ in range(steps):
+        for step in range(steps):
             optimizer.zero_grad()
-            if self.loss(update, group, grad=True) <= hp.stop_loss:
+            if self.loss(update, self.of(group, step), grad=True) <= hp.stop_loss:
                 break
             with torch.no_grad():
                 assert update.grad is not None  # noqa: S101 - the loss has just made it
@@ -241,7 +250,7 @@ def _trained(trainer: Trainer, shard: Sequence[int], number: int, progress: Call
 
 @torch.no_grad()
 def _threshold(trainer: Trainer, update: Tensor, facts: Sequence[int]) -> float:
-    inside, outside = trainer.inside(update, facts), trainer.keep.activation(update)
+    inside, outside = trainer.inside(update, trainer.of(facts)), trainer.outside(update)
     routing, warn = trainer.hp.routing, trainer.stage.console.warn
     found = threshold(inside, outside, routing.ratio, routing.clear)
     asleep, woken = int((inside < found).sum()), int((outside >= found).sum())
