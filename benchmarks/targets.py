@@ -19,13 +19,14 @@ def main() -> None:
     """All runs."""
     p = grid.flags(__doc__)
     p.add_argument("--methods", nargs="+", default=("memit",))
+    p.add_argument("--targets", nargs="+", default=TARGETS)
     args = p.parse_args()
     grid.run(
         [
-            grid.Cell(f"{name}, {targets}", name, size, set=tuple(args.set), targets=targets)
+            grid.Cell(", ".join([name, targets, *args.set]), name, size, set=tuple(args.set), targets=targets)
             for size in args.sizes or (20,)
             for name in args.methods
-            for targets in TARGETS
+            for targets in args.targets
         ],
         args,
         "benchmarks/targets.py",
