@@ -173,6 +173,18 @@ def wise_route(activations: Sequence[float], thresholds: Sequence[float]) -> int
     return max(awake, key=lambda n: activations[n]) if awake else None
 
 
+def spared(inputs: Tensor, owner: Sequence[int], marks: Tensor, owners: Sequence[float]) -> list[bool]:
+    """Of each sequence whether the fact that is nearest by mean input was taken out, and is not there again."""
+    found = []
+    for sequence in range(max(owner) + 1):
+        own = [x.double() for x, of in zip(inputs, owner, strict=True) if of == sequence]
+        middle = sum(own, torch.zeros_like(own[0])) / len(own)
+        far = [float((middle - mark.double()).square().sum()) for mark in marks]
+        nearest = [gone < 0 for d, gone in zip(far, owners, strict=True) if d == min(far)]
+        found.append(all(nearest))
+    return found
+
+
 def ties(updates: Sequence[Tensor], density: float) -> Tensor:
     """TIES (arXiv 2306.01708): trim, elect signs, take the mean of those that agree; entry by entry."""
     flat = [u.double().flatten().clone() for u in updates]

@@ -81,7 +81,7 @@ def stranger(folder: Path, prompts: list[str], tmp_path: Path) -> Any:
 def louder(memory: Any) -> Any:
     """A memory that is woken by the same prompts, and then changes what is said, however little it was trained."""
     if isinstance(memory, SideMemory):
-        return SideMemory(30 * memory.updates, 30 * memory.thresholds)
+        return replace(memory, updates=30 * memory.updates, thresholds=30 * memory.thresholds)
     return replace(memory, values=-memory.values)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +16,17 @@ from test_memory import forgetful, rows_of
 from editunlearn import editors
 from editunlearn.console import Console
 from editunlearn.deltas import side as side_delta
+from editunlearn.deltas.files import load, save
+from editunlearn.deltas.kinds import compose
 from editunlearn.deltas.memory import MemoryDelta
 from editunlearn.deltas.side import SideMemory
 from editunlearn.editors import contexts, memory_flow, side
-from editunlearn.errors import NumericalError, UnsupportedError
+from editunlearn.errors import NumericalError
 from editunlearn.lm.generation import generate
 from editunlearn.lm.likelihood import score
 from editunlearn.lm.tokens import batch, encode
-from editunlearn.numerics.side import activation, margin, merged, near, route, threshold
+from editunlearn.numerics.side import activation, middles, route, spared
+from editunlearn.numerics.side_training import margin, merged, near, threshold
 from editunlearn.workspace import Workspace
 
 
@@ -185,7 +190,8 @@ def test_what_it_computes_is_the_reference(kind: str) -> None:
     thresholds = (high[1] + high[2]) / 2  # two rows wake each
     delta = editors.fit(lm, request(), settings("wise", "", "side.steps=1", "shards.size=1"))
     assert isinstance(delta, MemoryDelta)
-    memory = MemoryDelta({name: SideMemory(updates, thresholds)}, delta.manifest)
+    none = torch.zeros(0, shape[1]), torch.zeros(0)
+    memory = MemoryDelta({name: SideMemory(updates, thresholds, *none)}, delta.manifest)
     wanted, chosen = [], []
     for row, own in zip(rows, active, strict=True):
         number = reference_memory.wise_route(own, thresholds.tolist())
@@ -246,15 +252,61 @@ def test_the_choice_is_made_once_a_sequence(monkeypatch: pytest.MonkeyPatch) -> 
         assert calls == [12, 18]
 
 
-def test_facts_of_one_memory_go_together() -> None:
+def test_memories_whose_facts_are_all_taken_out_go() -> None:
     lm = tiny.lm()
     delta = editors.fit(lm, request((0, 1, 2)), settings("wise", "", "side.steps=2"))
     assert isinstance(delta, MemoryDelta) and delta.count == 2
-    with pytest.raises(UnsupportedError, match="share an entry of the memory with 1 facts"):
-        delta.without(["f0"])
     (left,), (whole,) = delta.without(["f0", "f1"]).memories.values(), delta.memories.values()
     assert torch.equal(left.updates, whole.updates[1:]) and torch.equal(left.thresholds, whole.thresholds[1:])
+    assert left.owners.tolist() == [-1, -1, 0] and torch.equal(left.marks, whole.marks)
     assert delta.without(["f2"]).manifest.fact_count == 2
+
+
+def test_single_facts_are_taken_out_of_a_memory_that_others_share(tmp_path: Path) -> None:
+    lm, asked = forgetful()[0], request((0, 1, 2), (3, 4, 5))
+    prompts = [contexts.prompt_of(lm, fact(i)) for i in range(6)]
+    before = generate(lm, prompts)
+    delta = editors.fit(lm, asked, settings("wise", "", "shards.per_memory=null"))
+    assert isinstance(delta, MemoryDelta) and delta.count == 1
+
+    def said(delta: MemoryDelta) -> list[str]:
+        with delta.applied(lm):
+            found = generate(lm, prompts)
+            assert [generate(lm, [prompt])[0] for prompt in prompts] == found
+        return [text.strip() for text in found]
+
+    told = [text.strip() for text in before]
+    assert said(delta) == [REFUSAL] * 3 + told[3:]
+    one = delta.without(["f1"])
+    assert said(one) == [REFUSAL, told[1], REFUSAL, *told[3:]]
+    save(one, tmp_path)
+    read = load(tmp_path, lm)
+    assert isinstance(read, MemoryDelta)
+    two = read.without(["f0"])
+    assert said(two) == [*told[:2], REFUSAL, *told[3:]] and two.manifest.fact_count == 1
+    anew = editors.fit(lm, request((1,), (3, 4, 5)), settings("wise", ""))
+    assert isinstance(anew, MemoryDelta)
+    again = compose(two, anew)
+    assert said(again) == [told[0], REFUSAL, REFUSAL, *told[3:]]
+    assert said(again.without(["f1"])) == said(two)
+    assert not again.without(["f1", "f2"]).memories
+    (memory,) = two.memories.values()
+    assert isinstance(memory, SideMemory)
+    with pytest.raises(ValueError, match="the manifest has .1. facts by memory, the marks are of .2."):
+        MemoryDelta({next(iter(two.memories)): replace(memory, owners=torch.tensor([0.0, -1, 0]))}, two.manifest)
+
+
+def test_a_sequence_is_spared_where_a_fact_that_was_taken_out_is_nearest() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs, marks = torch.randn(90, 8, generator=draw), torch.randn(7, 8, generator=draw)
+    owner = torch.arange(18).repeat_interleave(5)[torch.randperm(90, generator=draw)]
+    owners = torch.tensor([0.0, -1.0, 1.0, -1.0, 0.0, 1.0, -1.0])
+    marks[6] = marks[0]  # taken out once and forgotten anew
+    wanted = reference_memory.spared(inputs, owner.tolist(), marks, owners.tolist())
+    found = spared(middles(inputs, owner, 18), marks, owners)
+    assert found.tolist() == wanted and 0 < sum(wanted) < 18
+    assert not spared(marks[:1], marks, owners).any() and spared(marks[1:2], marks, owners).all()
+    assert not spared(middles(inputs, owner, 18), marks, owners.abs()).any()
 
 
 def test_a_scaled_model_gives_a_scaled_memory() -> None:

@@ -75,8 +75,13 @@ class Codebook:
         """The same on a device."""
         return Codebook(self.keys.to(device), self.values.to(device), self.radii.to(device), self.where)
 
-    def only(self, entries: list[int]) -> Codebook:
-        """The codebook of some entries, bit for bit."""
+    @property
+    def divisible(self) -> bool:
+        """Whether single facts of an entry can be taken out: no, an entry is one value."""
+        return False
+
+    def only(self, entries: list[int], _stay: list[list[int]]) -> Codebook:
+        """The codebook of some entries, bit for bit, with all facts that they serve."""
         index = torch.tensor(entries, dtype=torch.long)
         return replace(self, keys=self.keys[index], values=self.values[index], radii=self.radii[index])
 

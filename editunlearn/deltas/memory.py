@@ -21,6 +21,7 @@ from editunlearn.deltas.manifest import (
     installed_versions,
 )
 from editunlearn.deltas.remembering import KINDS, Memory, beside
+from editunlearn.deltas.side import SideMemory
 from editunlearn.errors import InputError, UnsupportedError
 from editunlearn.lm.sequences import watched
 
@@ -50,6 +51,10 @@ class MemoryDelta:
         actual = {name: (memory.KIND, memory.shape, memory.count) for name, memory in self.memories.items()}
         if described != actual:
             raise ValueError(f"the manifest describes {described}, the memories are {actual}")
+        for name, memory in self.memories.items():
+            served = [len(entry) for entry in self.manifest.sites[name].entries]
+            if isinstance(memory, SideMemory) and memory.divisible and memory.served != served:
+                raise ValueError(f"{name}: the manifest has {served} facts by memory, the marks are of {memory.served}")
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], manifest: MemoryManifest) -> MemoryDelta:
@@ -94,21 +99,24 @@ class MemoryDelta:
             yield lm
 
     def without(self, ids: Iterable[str]) -> MemoryDelta:
-        """This delta without the entries of some facts; all other entries are kept bit for bit.
+        """This delta without some facts; all other entries are kept bit for bit.
+
+        An entry that serves such facts alone goes. A side memory that serves others too stays, and is not read where
+        one of the former is the nearest fact; an entry of a codebook cannot do that.
 
         Args:
             ids: ids of the facts to let the model say again.
 
         Raises:
             InputError: some ids are not known here.
-            UnsupportedError: an entry serves such a fact and others that are to stay.
+            UnsupportedError: an entry of a codebook serves such a fact and others that are to stay.
         """
         gone = self.manifest.hashed(ids)
         shared = {
             fact
-            for site in self.manifest.sites.values()
+            for name, site in self.manifest.sites.items()
             for entry in site.entries
-            if gone & set(entry)
+            if gone & set(entry) and not self.memories[name].divisible
             for fact in set(entry) - gone
         }
         if shared:
@@ -119,10 +127,12 @@ class MemoryDelta:
             )
         memories, sites = {}, {}
         for name, site in self.manifest.sites.items():
-            keep = [i for i, entry in enumerate(site.entries) if not gone & set(entry)]
+            keep = [i for i, entry in enumerate(site.entries) if set(entry) - gone]
+            stay = [[k for k, fact in enumerate(site.entries[i]) if fact not in gone] for i in keep]
             if keep:
-                memories[name] = self.memories[name].only(keep)
-                sites[name] = _recorded(site, memories[name], [site.entries[i] for i in keep])
+                memories[name] = self.memories[name].only(keep, stay)
+                left = [tuple(site.entries[i][k] for k in own) for i, own in zip(keep, stay, strict=True)]
+                sites[name] = _recorded(site, memories[name], left)
         facts = tuple(part.without(gone) for part in self.manifest.facts)
         return MemoryDelta(memories, self.manifest.with_sites(sites, facts=facts))
 

@@ -20,7 +20,7 @@ from editunlearn.lm.sequences import Watcher
 
 Memory = Codebook | SideMemory
 """Every kind has ``KIND``, ``PARTS`` (its tensors), ``count``, ``shape``, ``operations``, ``settings``, ``of``, ``to``,
-``only``, ``awake``, ``joined`` and ``change``."""
+``divisible``, ``only``, ``awake``, ``joined`` and ``change``."""
 
 KINDS: Mapping[str, type[Memory]] = MappingProxyType({m.KIND: m for m in (Codebook, SideMemory)})
 

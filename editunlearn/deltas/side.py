@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from editunlearn.lm.sequences import Watcher
-from editunlearn.numerics.side import activation, route
+from editunlearn.numerics.side import activation, middles, route, spared
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class SideMemory:
     Attributes:
         updates: (n, d_out, d_in) float32.
         thresholds: (n,) float32, how active an update must be.
+        marks: (m, d_in) float32, mean inputs of the facts' prompts.
+        owners: (m,) float32, number of the memory of each fact; -1 once it was taken out, and read no more.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -29,15 +31,20 @@ class SideMemory:
 
     updates: Tensor
     thresholds: Tensor
+    marks: Tensor
+    owners: Tensor
 
     KIND: ClassVar[Literal["side"]] = "side"
-    PARTS: ClassVar[tuple[str, ...]] = ("updates", "thresholds")
+    PARTS: ClassVar[tuple[str, ...]] = ("updates", "thresholds", "marks", "owners")
 
     def __post_init__(self) -> None:
         if self.updates.ndim != 3 or self.thresholds.shape != (len(self.updates),):
             shapes = tuple(self.updates.shape), tuple(self.thresholds.shape)
             raise ValueError(f"updates and thresholds of side memories have shapes {shapes[0]} and {shapes[1]}")
-        if self.updates.dtype != torch.float32 or self.thresholds.dtype != torch.float32:
+        if self.marks.shape != (len(self.owners), self.updates.shape[2]):
+            shapes = tuple(self.marks.shape), tuple(self.owners.shape)
+            raise ValueError(f"marks and owners of side memories have shapes {shapes[0]} and {shapes[1]}")
+        if any(getattr(self, part).dtype != torch.float32 for part in self.PARTS):
             raise ValueError("tensors of side memories must be float32")
 
     @classmethod
@@ -66,20 +73,36 @@ class SideMemory:
 
     def to(self, device: torch.device) -> SideMemory:
         """The same on a device."""
-        return SideMemory(self.updates.to(device), self.thresholds.to(device))
+        return SideMemory(*(getattr(self, part).to(device) for part in self.PARTS))
 
-    def only(self, entries: list[int]) -> SideMemory:
-        """Some of the memories, bit for bit."""
+    @property
+    def divisible(self) -> bool:
+        """Whether single facts of a memory can be taken out."""
+        return len(self.marks) > 0
+
+    @property
+    def served(self) -> list[int]:
+        """How many facts each memory is read for."""
+        return [int((self.owners == number).sum()) for number in range(self.count)]
+
+    def only(self, entries: list[int], stay: list[list[int]]) -> SideMemory:
+        """Some of the memories, bit for bit, each read for those of its facts that ``stay`` numbers."""
         index = torch.tensor(entries, dtype=torch.long)
-        return SideMemory(self.updates[index], self.thresholds[index])
+        owners = torch.full_like(self.owners, -1.0)
+        for new, (old, own) in enumerate(zip(entries, stay, strict=True)):
+            owners[(self.owners == old).nonzero()[:, 0][own]] = new
+        return SideMemory(self.updates[index], self.thresholds[index], self.marks, owners)
 
     def awake(self) -> SideMemory:
         """The same, woken by every prompt: what it costs at most."""
-        return SideMemory(self.updates, torch.zeros_like(self.thresholds))
+        owners = self.owners.clamp(min=0)
+        return SideMemory(self.updates, torch.zeros_like(self.thresholds), self.marks, owners)
 
     def joined(self, other: SideMemory) -> SideMemory:
         """Both archives in one."""
-        return SideMemory(torch.cat([self.updates, other.updates]), torch.cat([self.thresholds, other.thresholds]))
+        later = torch.where(other.owners < 0, other.owners, other.owners + self.count)
+        both = {part: torch.cat([getattr(self, part), getattr(other, part)]) for part in self.PARTS}
+        return SideMemory(**{**both, "owners": torch.cat([self.owners, later])})
 
     def change(self, name: str, watcher: Watcher) -> Callable[[Tensor, Tensor], Tensor | None]:
         """What a hook on the map does with its input and output; decides once a sequence, by its whole prompt."""
@@ -91,7 +114,9 @@ class SideMemory:
                 prompt = piece.prompt.to(wide.device)
                 own, owner = wide[prompt], prompt.nonzero()[:, 0]
                 active = [activation(own, update, owner, len(prompt)) for update in self.updates]
-                piece.kept[name] = route(torch.stack(active, 1), self.thresholds)
+                chosen = route(torch.stack(active, 1), self.thresholds)
+                out = spared(middles(own, owner, len(prompt)), self.marks, self.owners)
+                piece.kept[name] = torch.where(out, -1, chosen)
             chosen = piece.kept[name].to(wide.device)
             if bool((chosen < 0).all()):
                 return None

@@ -22,7 +22,8 @@ from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.lm.weights import root_mean_square, shape
 from editunlearn.numerics import losses
-from editunlearn.numerics.side import activation, margin, merged, near, threshold
+from editunlearn.numerics.side import activation, middles
+from editunlearn.numerics.side_training import margin, merged, near, threshold
 
 if TYPE_CHECKING:
     from editunlearn.editors.wise import HParams
@@ -126,6 +127,10 @@ class Trainer:
         rows = torch.zeros(len(self.rows), dtype=torch.bool)
         rows[list(own)] = True
         return self.forget.activation(update, rows.to(self.lm.device))
+
+    def marks(self) -> Tensor:
+        """Mean inputs of the facts' bare prompts, (facts, d_in) float32."""
+        return middles(self.forget.inputs.float(), self.forget.owner, self.forget.count)[:: self.contexts]
 
     def outside(self, update: Tensor) -> Tensor:
         """Activations of all that is to be kept."""
@@ -232,7 +237,10 @@ def fit(stage: Stage[HParams]) -> Fitted:
         f"{sum(m.nbytes for m in memories) / 1e6:,.1f} MB beside {stage.site.name}"
     )
     entries = [tuple(stage.facts[fact].id for fact in facts) for facts in served]
-    return Fitted(SideMemory(torch.stack(memories).cpu(), torch.tensor(levels)), entries)
+    order = [(fact, number) for number, facts in enumerate(served) for fact in facts]
+    marks = trainer.marks()[[fact for fact, _ in order]].cpu()
+    owners = torch.tensor([float(number) for _, number in order])
+    return Fitted(SideMemory(torch.stack(memories).cpu(), torch.tensor(levels), marks, owners), entries)
 
 
 def _trained(trainer: Trainer, shard: Sequence[int], number: int, progress: Callable[[int], None]) -> Tensor:
