@@ -1,4 +1,4 @@
-"""WISE's side memory (https://arxiv.org/abs/2405.14768) as it is read: its activation, and which sequences go through it.
+"""WISE's side memory (https://arxiv.org/abs/2405.14768) as it is read: activation, and who goes through it.
 
 A side memory is an update ``U`` (d_out, d_in) of one linear map: its output for an input x is ``W x + U x``.
 """
