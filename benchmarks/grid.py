@@ -24,6 +24,12 @@ from editunlearn.hparams import load_hparams, resolved
 REQUESTS = 10
 """Requests that a sequential run is cut into, at most."""
 
+FORMS = {
+    "shipped": ("", ()),
+    "closed": (", closed form alone, preserving a tenth", ("refine=null", "moments.weight=1000.0")),
+}
+"""Forms of editors, with what their rows are called; as shipped the closed form leaves most of the work to refine."""
+
 
 @dataclass(frozen=True)
 class Cell:

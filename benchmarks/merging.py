@@ -2,9 +2,9 @@
 
     python benchmarks/merging.py --facts known_facts.json --text test.txt --out benchmarks/results/merging.json
 
-Merged by subject, in runs, and with one value for all. The closed forms alone are run as well (``refine: null``), as
-refine repairs what a collapse has left. Fluency is the n-gram entropy of what is said to held-out prompts. A finished
-run is not repeated.
+Merged by subject, in runs, and with one value for all; ``--variants``, ``--forms`` and ``--sizes`` choose. The closed
+forms alone are run as well, as refine repairs what a collapse has left. Fluency is the n-gram entropy of what is said
+to held-out prompts. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ MERGED = {
     "merged in runs of 10": ("merge.by=run", "merge.size=10"),
     "one value for all": ("merge.by=all",),
 }
-FORMS = {"": (), ", closed form alone": ("refine=null",)}
 
 
 def main() -> None:
     """All runs; small ones first."""
-    args = grid.flags(__doc__).parse_args()
+    p = grid.flags(__doc__)
+    p.add_argument("--variants", nargs="+", choices=MERGED, default=list(MERGED))
+    p.add_argument("--forms", nargs="+", choices=grid.FORMS, default=list(grid.FORMS))
+    args = p.parse_args()
     grid.run(
         [
-            grid.Cell(f"{method}, {name}{form}", method, size, "batch", (*args.set, *merged, *alone))
+            grid.Cell(
+                f"{method}, {name}{grid.FORMS[form][0]}",
+                method,
+                size,
+                set=(*args.set, *MERGED[name], *grid.FORMS[form][1]),
+            )
             for size in args.sizes or SIZES
             for method in METHODS
-            for form, alone in FORMS.items()
-            for name, merged in MERGED.items()
+            for form in args.forms
+            for name in args.variants
         ],
         args,
         "benchmarks/merging.py",

@@ -61,9 +61,19 @@ def test_memories(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_merging(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "FORMS", {", closed form alone": ("refine=null",)})
     monkeypatch.setattr(merging, "METHODS", ("memit",))
-    words = [*flags, "--sizes", "2", "--set", *FEW, "moments.tokens=500", "moments.length=32", "retain.lookalikes=0"]
+    words = [
+        *flags,
+        "--sizes",
+        "2",
+        "--forms",
+        "closed",
+        "--set",
+        *FEW,
+        "moments.tokens=500",
+        "moments.length=32",
+        "retain.lookalikes=0",
+    ]
     runs = call(merging.main, monkeypatch, *words, "limits.norm=100")["runs"]
     assert [r["name"].split(", ")[1] for r in runs] == list(merging.MERGED)
     assert all(r["hparams"]["refine"] is None for r in runs)
