@@ -94,20 +94,13 @@ def edited(
 
 
 def measured(lm: Any, parts: Any, text: list[list[int]]) -> dict[str, float]:
-    """Scores of :mod:`quality`, fluency (ROME's n-gram entropy of what is said to held-out prompts), milliseconds."""
-    from editunlearn.deltas.standalone import times
+    """Scores of :mod:`quality`, and fluency (ROME's n-gram entropy of what is said to held-out prompts)."""
     from editunlearn.editors.contexts import prompt_of
     from editunlearn.evaluation.metrics.text import ngram_entropy
     from editunlearn.lm.generation import generate
 
     said = generate(lm, [prompt_of(lm, fact) for fact in parts[2]], max_new_tokens=32)
-    prompt, token = times(lm)
-    return {
-        **quality.score(lm, parts, text),
-        "fluency": sum(map(ngram_entropy, said)) / len(said),
-        "prompt_ms": prompt,
-        "token_ms": token,
-    }
+    return {**quality.score(lm, parts, text), "fluency": sum(map(ngram_entropy, said)) / len(said)}
 
 
 def run(cells: Sequence[Cell], args: argparse.Namespace, script: str) -> dict[str, Any]:
@@ -185,11 +178,9 @@ def _same_base(runs: Sequence[dict[str, Any]], key: dict[str, Any]) -> Iterator[
     return (r["base"] for r in runs if all(r[k] == key[k] for k in ("sizes", "seed", "model", "data")))
 
 
-COLUMNS = ("leak", "refusal", "retain_accuracy", "heldout_accuracy", "heldout_refusal")
-HEAD = (
-    "| run | way | facts | leak | refused | retain | held out | held out refused | perplexity | fluency | ms a prompt "
-)
-HEAD += "| ms a token | MB | seconds |"
+COLUMNS = ("leak", "refusal", "leak_distracted", "retain_accuracy", "heldout_accuracy", "heldout_refusal")
+HEAD = "| run | way | facts | leak | refused | leak, distracted | retain | held out | held out refused | perplexity "
+HEAD += "| fluency | MB | seconds |"
 
 
 def row(run: dict[str, Any]) -> str:
@@ -197,9 +188,9 @@ def row(run: dict[str, Any]) -> str:
     cells = [run["name"], run["way"], str(run["facts"])]
     base, now = run["base"], run["edited"]
     if now is None:
-        return "| " + " | ".join([*cells, f"stopped: {run['stopped']}".replace("|", "/"), *[""] * 10]) + " |"
+        return "| " + " | ".join([*cells, f"stopped: {run['stopped']}".replace("|", "/"), *[""] * 9]) + " |"
     cells += [f"{base[name]:.1%} > {now[name]:.1%}" for name in COLUMNS]
-    cells += [f"{base[name]:.4g} > {now[name]:.4g}" for name in ("perplexity", "fluency", "prompt_ms", "token_ms")]
+    cells += [f"{base[name]:.4g} > {now[name]:.4g}" for name in ("perplexity", "fluency")]
     return "| " + " | ".join([*cells, f"{run['delta_mb']:.3g}", f"{run['fit_seconds']:.0f}"]) + " |"
 
 
@@ -207,7 +198,7 @@ def table(done: dict[str, Any]) -> str:
     """Markdown of all runs, and which sequential ones are more than 5 points worse than the same facts at once."""
     env = ", ".join(f"{k} {v}" for k, v in done["environment"].items())
     commands = [f"    {command}" for command in done["commands"]]
-    lines = [*commands, "", env, "", HEAD, "|" + "---|" * 14, *map(row, done["runs"])]
+    lines = [*commands, "", env, "", HEAD, "|" + "---|" * (HEAD.count("|") - 1), *map(row, done["runs"])]
     return "\n".join([*lines, "", *worse(done["runs"])]) + "\n"
 
 

@@ -16,6 +16,7 @@ from editunlearn import editors
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import grid
+import latency
 import layers
 import memory
 import merging
@@ -52,12 +53,23 @@ def test_memories(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert [(r["facts"], r["way"]) for r in runs] == [(1, "batch"), (2, "batch"), (2, "sequential")]
     assert "99 facts: left out, there are 3" in capsys.readouterr().out
     for run in runs:
-        assert run["base"]["leak"] == 1.0 and run["edited"]["perplexity"] > 0 and run["edited"]["token_ms"] > 0
+        assert run["base"]["leak"] == 1.0 and run["edited"]["perplexity"] > 0
     table = Path(flags[-1]).with_suffix(".md").read_text()
     assert table.count("| grace | batch |") == 2 and "100.0% > " in table
     asked: list[Any] = []
     monkeypatch.setattr(editors, "run", lambda *a, **_: asked.append(a))
     assert call(memory.main, monkeypatch, *words)["runs"] == runs and not asked
+
+
+def test_latency(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--model", flags[1], "--sizes", "1", "150", "--rounds", "1", "--out", flags[-1]]
+    runs = call(latency.main, monkeypatch, *words)["runs"]
+    assert [(run["method"], run["facts"]) for run in runs] == [("grace", 1), ("grace", 150), ("wise", 1), ("wise", 150)]
+    assert all(run[f"{what} {state}"] > 0 for run in runs for what in ("prompt", "token") for state in latency.STATES)
+    assert runs[1]["mb"] == pytest.approx(150 * runs[0]["mb"])  # a codebook grows with its facts
+    assert runs[3]["mb"] < 5 * runs[2]["mb"]  # a side memory serves a hundred
+    table = Path(flags[-1]).with_suffix(".md").read_text().splitlines()
+    assert len({line.count("|") for line in table[2:]}) == 1 and len(table) == 8
 
 
 def test_merging(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
