@@ -67,7 +67,7 @@ def test_latency(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(run["method"], run["facts"]) for run in runs] == [("grace", 1), ("grace", 150), ("wise", 1), ("wise", 150)]
     assert all(run[f"{what} {state}"] > 0 for run in runs for what in ("prompt", "token") for state in latency.STATES)
     assert runs[1]["mb"] == pytest.approx(150 * runs[0]["mb"])  # a codebook grows with its facts
-    assert runs[3]["mb"] < 5 * runs[2]["mb"]  # a side memory serves a hundred
+    assert runs[3]["mb"] < 10 * runs[2]["mb"]  # a side memory serves a hundred
     table = Path(flags[-1]).with_suffix(".md").read_text().splitlines()
     assert len({line.count("|") for line in table[2:]}) == 1 and len(table) == 8
 
