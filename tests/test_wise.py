@@ -78,7 +78,8 @@ def test_no_active_sequence_is_left_out() -> None:
 
 
 def _trainer(lm: Any, *set_: str, forget: tuple[int, ...] = (0, 1), texts: int = 0) -> side.Trainer:
-    asked, hp = request(forget, (3, 4)), settings("wise", "", "context_prefixes.count=1", *set_)
+    own = [] if any(item.startswith("side=") for item in set_) else ["side.share=1"]
+    asked, hp = request(forget, (3, 4)), settings("wise", "", "context_prefixes.count=1", *own, *set_)
     prefixes = contexts.prefixes(lm, hp.context_prefixes, None)
     rows = contexts.forget_rows(lm, asked.facts, prefixes, hp).targets
     kept = memory_flow.prompts_to_keep(lm, asked, hp)[:7]
@@ -98,7 +99,7 @@ def test_loss_and_step_are_the_papers(kind: str, tokens: int) -> None:
     if bias is not None:  # it begins as zeros, which nobody would miss
         torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(4))
     absolute = ["margin={outside: 0.2, inside: 1.5, gap: 0.7, scale: absolute, weight: 2.0}", f"batch_tokens={tokens}"]
-    step = ["side={steps: 1, lr: 0.5, scale: absolute, clamp: 0.03, mask: 0.3}"]
+    step = ["side={steps: 1, lr: 0.5, scale: absolute, clamp: 0.03, mask: 0.3, share: 1}"]
     for parameter in lm.model.parameters():
         parameter.requires_grad_(False)
     trainer = _trainer(lm, *absolute, *step)
@@ -134,6 +135,20 @@ def test_passages_count_as_much_as_prompts() -> None:
         alone.append(one.loss(update, one.of([0, 1])))
     assert alone[0] != pytest.approx(alone[1])
     assert both.loss(update, both.of([0, 1])) == pytest.approx(sum(alone) / 2)
+
+
+def test_what_is_kept_takes_turns() -> None:
+    lm = tiny.lm()
+    update = 0.05 * torch.randn(_trainer(lm).shape, generator=torch.Generator().manual_seed(3))
+    trainer, whole = _trainer(lm, "side.share=0.4"), _trainer(lm)
+    assert [[part.count for part in kind] for kind in trainer.keep] == [[4, 3]]
+    assert sorted(trainer.outside(update).tolist()) == pytest.approx(sorted(whole.outside(update).tolist()))
+    found = [trainer.loss(update, trainer.of([0, 1]), step) for step in range(3)]
+    for part, loss in enumerate(found[:2]):
+        alone = _trainer(lm)
+        alone.keep = [[trainer.keep[0][part]]]
+        assert loss == pytest.approx(alone.loss(update, alone.of([0, 1])), rel=1e-5)
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(("most", "turns"), [("null", [[0, 1, 2, 3]]), ("2", [[0, 1], [0, 2], [0, 3]]), ("1", [[0]])])

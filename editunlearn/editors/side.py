@@ -63,7 +63,8 @@ class Trainer:
 
     Attributes:
         forget: of the facts' rows, fact after fact, as many to each as there are contexts.
-        keep: of the prompts to keep, and of the passages; each kind counts as much, however few they are.
+        keep: of the prompts to keep, and of the passages, in parts that take turns; each kind counts as much, however
+            few they are.
         unit: what the margins are measured in.
     """
 
@@ -79,9 +80,14 @@ class Trainer:
         if self.why:
             stage.console.warn(f"side memories: all blocks are run at every step, because {self.why}")
         self.forget = self._see(self.rows)
-        self.keep = [self._see(rows) for rows in (stage.keep, stage.texts) if rows]
+        turns = max(1, round(1 / self.hp.side.share))
+        self.keep = [
+            [self._see(rows[k::turns]) for k in range(min(turns, len(rows)))]
+            for rows in (stage.keep, stage.texts)
+            if rows
+        ]
         relative = self.hp.margin.scale == "relative"
-        self.unit = (self.keep or [self.forget])[0].norm if relative else 1.0
+        self.unit = (self.keep[0][0] if self.keep else self.forget).norm if relative else 1.0
         self.shape = shape(self.lm.model, stage.site.name)
         relative = self.hp.side.scale == "relative"
         self.scale = root_mean_square(self.lm.model, stage.site.name) if relative else 1.0
@@ -134,13 +140,17 @@ class Trainer:
 
     def outside(self, update: Tensor) -> Tensor:
         """Activations of all that is to be kept."""
-        return torch.cat([self.forget.inputs.new_zeros(0), *(seen.activation(update) for seen in self.keep)])
+        return torch.cat(
+            [self.forget.inputs.new_zeros(0), *(seen.activation(update) for kind in self.keep for seen in kind)]
+        )
 
-    def loss(self, update: Tensor, own: Sequence[int], *, grad: bool = False) -> float:
+    def loss(self, update: Tensor, own: Sequence[int], step: int = 0, *, grad: bool = False) -> float:
         """Loss of some rows (WISE): NLL of the targets, mean over tokens and then rows, and the margin.
 
         Args:
             update: (d_out, d_in) float32; with ``grad`` the gradient is added to its own.
+            own: numbers of the rows.
+            step: which prompts and passages to keep it is that have their turn.
 
         Raises:
             NumericalError: it is not finite.
@@ -150,8 +160,9 @@ class Trainer:
             bounds = (self.unit * m.outside, self.unit * m.inside, self.unit * m.gap)
             inside = self.inside(update, own)
             wrong = min(bounds[0], float(inside.detach().min()) - bounds[2])  # less active ones are as they should be
-            outside = [seen.activation(update, seen.near(update, wrong)) for seen in self.keep] or [inside[:0]]
-            margins = torch.stack([margin(inside, kind, *bounds) for kind in outside])
+            seen = [kind[step % len(kind)] for kind in self.keep]
+            outside = [one.activation(update, one.near(update, wrong)) for one in seen] or [inside[:0]]
+            margins = torch.stack([margin(inside, some, *bounds) for some in outside])
             total = m.weight / self.unit * margins.mean()
             if grad:
                 total.backward()  # type: ignore[no-untyped-call]
@@ -200,7 +211,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer = kind([update], lr=rate)
         for step in range(steps):
             optimizer.zero_grad()
-            if self.loss(update, self.of(group, step), grad=True) <= hp.stop_loss:
+            if self.loss(update, self.of(group, step), step, grad=True) <= hp.stop_loss:
                 break
             with torch.no_grad():
                 assert update.grad is not None  # noqa: S101 - the loss has just made it

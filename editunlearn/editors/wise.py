@@ -35,6 +35,9 @@ class Side(Piece):
     contexts: Annotated[int, Field(strict=True, ge=1)] | None = Field(
         default=2, description="Contexts per fact and step: the bare prompt and others in turn; null: all at each."
     )
+    share: Annotated[Real, Field(gt=0, le=1)] = Field(
+        default=0.25, description="Share of the prompts and passages to keep that a step sees; all have their turn."
+    )
     batch: Whole = Field(default=50, ge=1, description="Facts that are trained together; others of the shard follow.")
     stop_loss: Real = Field(default=0.02, ge=0, description="A group is done when its whole loss is at or below this.")
 
