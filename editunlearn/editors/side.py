@@ -87,7 +87,10 @@ class Trainer:
             if rows
         ]
         relative = self.hp.margin.scale == "relative"
-        self.unit = (self.keep[0][0] if self.keep else self.forget).norm if relative else 1.0
+        ruler = self.keep[0] if self.keep else [self.forget]
+        tokens = [len(seen.inputs) for seen in ruler]
+        mean = sum(seen.norm * count for seen, count in zip(ruler, tokens, strict=True)) / max(1, sum(tokens))
+        self.unit = mean if relative else 1.0
         self.shape = shape(self.lm.model, stage.site.name)
         relative = self.hp.side.scale == "relative"
         self.scale = root_mean_square(self.lm.model, stage.site.name) if relative else 1.0
@@ -140,9 +143,8 @@ class Trainer:
 
     def outside(self, update: Tensor) -> Tensor:
         """Activations of all that is to be kept."""
-        return torch.cat(
-            [self.forget.inputs.new_zeros(0), *(seen.activation(update) for kind in self.keep for seen in kind)]
-        )
+        parts = [seen.activation(update) for kind in self.keep for seen in kind]
+        return torch.cat([torch.zeros(0, device=self.lm.device), *parts])
 
     def loss(self, update: Tensor, own: Sequence[int], step: int = 0, *, grad: bool = False) -> float:
         """Loss of some rows (WISE): NLL of the targets, mean over tokens and then rows, and the margin.
