@@ -76,7 +76,8 @@ def work(cost: Cost, hp: MethodHParams, facts: Sequence[Fact], retain: Sequence[
         stages["training, at most"] = unlearning.flops(hp, len(facts), asked + answers, answers, cost)
     elif isinstance(hp, MemoryHParams):
         stages["keys of prompts to keep"] = depth * cost(16 * hp.keep + PASSAGE * hp.texts, 0)
-        stages["training, at most"] = 2 * hp.training_steps * cost(rows, contexts * targets)
+        seen = min(1.0, (hp.contexts_per_step or contexts) / contexts)
+        stages["training, at most"] = 2 * hp.training_steps * seen * cost(rows, contexts * targets)
     elif isinstance(hp, BlockHParams):
         values = 2 * hp.value.steps * cost(rows, contexts * targets)
         held = rows + 16 * hp.keep + PASSAGE * hp.texts
@@ -93,7 +94,7 @@ def work(cost: Cost, hp: MethodHParams, facts: Sequence[Fact], retain: Sequence[
             * 2
             * hp.value.steps
             * cost(rows * seen + pinned, contexts * seen * targets + pinned / 8),
-            "refine": _refine(cost, hp, row, target, len(facts)),
+            "refine": _refine(cost, hp, row, target, len(facts), len({f.target for f in facts})),
         }
     prompts = [
         p
@@ -181,7 +182,7 @@ def _most(hp: EditorHParams, width: int) -> float:
     )
 
 
-def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int) -> float:
+def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int, targets: int) -> float:
     """Every step trains on the three parts; the unedited model's logits are one more use of the head."""
     if hp.refine is None:
         return 0.0
@@ -190,7 +191,7 @@ def _refine(cost: Cost, hp: EditorHParams, row: float, target: float, facts: int
     prompts = r.prompts(facts)
     keep, text = prompts * 2, r.text_batch * r.text_length
     trained = 2 * cost(forget * row + prompts * 16 + text, forget * target + keep + text)
-    return r.planned(facts) * (trained + (keep + text) * cost.logits)
+    return r.planned(facts, targets) * (trained + (keep + text) * cost.logits)
 
 
 def columns(hp: MethodHParams, facts: Sequence[Fact]) -> int:

@@ -162,6 +162,9 @@ def test_tokens_of_the_second_moment() -> None:
 def test_what_refine_has() -> None:
     auto = load_hparams("memit").refine
     assert auto is not None and [auto.most(n) for n in (1, 20, 22, 1000)] == [80, 80, 80, 9840]
+    assert (auto.planned(20, 20), auto.most(20, 20), auto.planned(20, 1)) == (120, 240, 40)
+    fixed = load_hparams("memit", set=["refine.steps=7"]).refine
+    assert fixed is not None and (fixed.planned(20, 20), fixed.most(20, 20)) == (7, 7)
     assert "it must be auto, or" in problem("memit", set=["refine.steps=many"])
     assert [auto.prompts(n) for n in (1, 20, 30, 40, 1000)] == [32, 32, 48, 64, 64]
     assert "refine.retain_batch is 0; it must be auto, or" in problem("memit", set=["refine.retain_batch=0"])

@@ -289,13 +289,14 @@ class Flow:
         hp = self.hp.refine
         assert hp is not None  # noqa: S101 - the caller checked
         text = self.hp.moments.text if self.hp.moments.text != "none" else "general"
-        facts = len(self.request.facts)
-        budget = hp.text_length * hp.text_batch * hp.most(facts)
+        many = len(self.request.facts), len({fact.target for fact in self.request.facts})
+        budget = hp.text_length * hp.text_batch * hp.most(*many)
         pieces = [Row(tuple(p), 0, 1) for p in windows(self.lm, documents(text), hp.text_length, budget) if len(p) > 1]
-        grows = hp.most(facts) > hp.planned(facts)
+        grows = hp.most(*many) > hp.planned(*many)
         unseen = contexts.unseen_rows(self.lm, self.request.facts, self.hp, self.cache) if grows else []
-        goals = Goals(rows.by_fact(), keeping.prompts(self.lm, self.request, keep, self.hp), pieces, unseen)
-        with self.console.progress(hp.planned(facts), "refine (steps)") as bar:
+        prompts = keeping.prompts(self.lm, self.request, keep, self.hp)
+        goals = Goals(rows.by_fact(), prompts, pieces, unseen, many[1])
+        with self.console.progress(hp.planned(*many), "refine (steps)") as bar:
 
             def report(step: int, expected: int, nll: float, kept: float, generic: float) -> None:
                 bar.expect(expected)

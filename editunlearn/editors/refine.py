@@ -67,12 +67,14 @@ class Goals:
         retain: pools of prompts to keep, scored where their rows say; a step takes from each by the root of its size.
         text: windows of generic text, all positions scored.
         unseen: the same in contexts that are not trained on, to see what was learned; may be empty.
+        targets: how many different targets the facts have.
     """
 
     forget: Sequence[Sequence[Row]]
     retain: Sequence[Sequence[Row]]
     text: Sequence[Row]
     unseen: Sequence[Sequence[Row]] = ()
+    targets: int = 1
 
 
 def refine(
@@ -129,7 +131,8 @@ def refine(
         return stack([on_output(lm.layout.module(lm.model, name), hook) for name, hook in hooks.items()])
 
     keep_weight = hp.keeping(len(goals.forget))
-    schedule = Schedule(hp.planned(len(goals.forget)), hp.most(len(goals.forget)))
+    many = len(goals.forget), goals.targets
+    schedule = Schedule(hp.planned(*many), hp.most(*many))
     if work is not None and (kept_state := work.get("refine")):
         optimiser.load(kept_state)
         schedule.load(kept_state)

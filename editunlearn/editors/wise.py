@@ -103,6 +103,11 @@ class HParams(MemoryHParams):
         """Times that a fact is trained on, at most."""
         return self.side.steps + self.shards.repair
 
+    @property
+    def contexts_per_step(self) -> int | None:
+        """In how many contexts a step sees a fact; None: in all."""
+        return self.side.contexts
+
 
 def size(hp: HParams, facts: int, shape: tuple[int, int]) -> int:
     """Bytes of the memories."""

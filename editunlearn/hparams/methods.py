@@ -110,6 +110,11 @@ class MemoryHParams(InContextHParams):
         """Times that a fact is trained on, at most."""
         raise NotImplementedError
 
+    @property
+    def contexts_per_step(self) -> int | None:
+        """In how many contexts a step sees a fact; None: in all."""
+        return None
+
 
 class BlockHParams(InContextHParams):
     """What every method has that trains one whole block until it gives the values by itself."""

@@ -148,6 +148,9 @@ class Chunks(Piece):
 LEAST_STEPS, STEPS_PER_FACT = 40, 5
 """Steps of refine when they are ``auto``: the more facts there are to tell apart, the more."""
 
+OWN_TARGETS = 3
+"""Times as many when the facts have different targets: each is learned token by token, and none helps another."""
+
 
 PROMPTS_PER_FACT, LEAST_PROMPTS, MOST_PROMPTS = 1.6, 32, 64
 """Prompts to keep in each step of refine when they are ``auto``. Many facts disturb more, and of few prompts the
@@ -164,7 +167,8 @@ class Refine(Piece):
     steps: Steps = Field(
         default="auto",
         description=f"Updates of Adam; auto: {LEAST_STEPS}, or {STEPS_PER_FACT} a fact less {2 * LEAST_STEPS} if more, "
-        "and up to as many again while facts are not learned.",
+        f"{OWN_TARGETS} times as many when they have different targets, and up to as many again while facts are not "
+        "learned.",
     )
     lr: Real = Field(
         default=0.05,
@@ -193,10 +197,11 @@ class Refine(Piece):
         default=1024, ge=1, description="Tokens in memory at a time; changes memory, not results."
     )
 
-    def planned(self, facts: int) -> int:
-        """Updates for that many facts to forget."""
+    def planned(self, facts: int, targets: int = 1) -> int:
+        """Updates for that many facts to forget, which have so many different targets."""
         if self.steps == "auto":
-            return max(LEAST_STEPS, STEPS_PER_FACT * facts - 2 * LEAST_STEPS)
+            steps = max(LEAST_STEPS, STEPS_PER_FACT * facts - 2 * LEAST_STEPS)
+            return steps * (OWN_TARGETS if targets > 1 else 1)
         return self.steps
 
     def prompts(self, facts: int) -> int:
@@ -211,9 +216,9 @@ class Refine(Piece):
             return min(MOST_KL, max(LEAST_KL, KL_PER_FACT * facts))
         return self.kl
 
-    def most(self, facts: int) -> int:
+    def most(self, facts: int, targets: int = 1) -> int:
         """Updates at most."""
-        return 2 * self.planned(facts) if self.steps == "auto" else self.steps
+        return 2 * self.planned(facts, targets) if self.steps == "auto" else self.steps
 
 
 class Limits(Piece):
