@@ -98,9 +98,10 @@ def key_of(one: dict[str, Any]) -> tuple[str, str, str]:
     return one["model"], one["dtype"], one["method"]
 
 
-def table(command: str, found: list[dict[str, Any]]) -> str:
+def table(commands: list[str], found: list[dict[str, Any]]) -> str:
     """Markdown of all runs."""
-    lines = [f"    {command}", "", "| model | method | planned, GB | peak, GB | ratio |", "|---|---|---|---|---|"]
+    lines = [*(f"    {command}" for command in commands), ""]
+    lines += ["| model | method | planned, GB | peak, GB | ratio |", "|---|---|---|---|---|"]
     lines += [
         f"| {one['model']}, {one['dtype']} | {one['method']} | {one['planned'] / 1e9:.2f} | {one['peak'] / 1e9:.2f} "
         f"| {one['ratio']:.2f} |"
@@ -125,8 +126,10 @@ def main() -> None:
         return
     from editunlearn.artifacts import atomic_write_json, atomic_write_text
 
-    there = json.loads(args.out.read_text()) if args.out.exists() else []
-    peaks = {key_of(one): one["peak"] for one in there}
+    done = json.loads(args.out.read_text()) if args.out.exists() else {"commands": [], "runs": []}
+    peaks = {key_of(one): one["peak"] for one in done["runs"]}
+    told = f"OMP_NUM_THREADS=1 python benchmarks/peaks.py {shlex.join(sys.argv[1:])}"
+    done["commands"] = [*(command for command in done["commands"] if command != told), told]
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
@@ -143,10 +146,10 @@ def main() -> None:
                 found.append({**one, "planned": said, "peak": took, "ratio": said / took})
                 sys.stdout.write(f"{found[-1]}\n")
                 sys.stdout.flush()
-                left = [one for one in there if key_of(one) not in {key_of(done) for done in found}]
-                atomic_write_json(args.out, [*found, *left])
-                told = f"OMP_NUM_THREADS=1 python benchmarks/peaks.py {shlex.join(sys.argv[1:])}"
-                atomic_write_text(args.out.with_suffix(".md"), table(told, found))
+                new = {key_of(one) for one in found}
+                done["runs"] = sorted([*found, *(r for r in done["runs"] if key_of(r) not in new)], key=key_of)
+                atomic_write_json(args.out, done)
+                atomic_write_text(args.out.with_suffix(".md"), table(done["commands"], done["runs"]))
 
 
 if __name__ == "__main__":

@@ -241,9 +241,10 @@ def _memory(at: _At, hp: MemoryHParams) -> tuple[dict[str, float], dict[str, flo
     from editunlearn.hparams.training import PASSAGE
 
     (_, width), row = at.target.shapes[0], _row(at, hp)
-    tokens = min(hp.batch_tokens, at.facts * contexts(hp) * row)
+    step = at.facts * min(contexts(hp), hp.contexts_per_step or contexts(hp))
+    tokens = min(hp.batch_tokens, step * row)
     seen = 4.0 * width * (at.prompt * (hp.keep + at.facts * contexts(hp)) + PASSAGE * hp.texts)
-    graph = at.graph(tokens, at.target.layers[0]) + at.logits(at.facts * contexts(hp) * at.said)
+    graph = at.graph(tokens, at.target.layers[0]) + at.logits(step * at.said)
     return {"the memory, trained": 4.0 * disk(hp, at.facts, at.target.shapes)}, {"training": seen + graph}
 
 

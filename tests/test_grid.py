@@ -123,10 +123,10 @@ def test_peaks_are_measured_once_and_planned_anew(flags: list[str], monkeypatch:
     monkeypatch.setattr(peaks, "planned", lambda _: 3e9)
     monkeypatch.setattr(peaks, "peak", lambda command: measured.append(command) or 2e9)
     words = ["--models", "demo:bfloat16", "--methods", "memit", "npo", "--out", flags[-1]]
-    found: Any = call(peaks.main, monkeypatch, *words)
+    found = call(peaks.main, monkeypatch, *words)["runs"]
     assert [one["ratio"] for one in found] == [1.5, 1.5] and len(measured) == 2
     monkeypatch.setattr(peaks, "planned", lambda _: 1e9)
-    found = call(peaks.main, monkeypatch, *words[:4], *words[-2:])
+    found = call(peaks.main, monkeypatch, *words[:4], *words[-2:])["runs"]
     assert [one["ratio"] for one in found] == [0.5, 1.5] and len(measured) == 2
     assert "| demo, bfloat16 | memit | 1.00 | 2.00 | 0.50 |" in Path(flags[-1]).with_suffix(".md").read_text()
 
