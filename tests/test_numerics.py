@@ -299,7 +299,7 @@ def test_streaming_moment_equals_direct(dtype: torch.dtype) -> None:
 def test_a_moment_of_bfloat16_rows_is_off_by_its_rounding_at_most(
     width: int, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moments, "_fast_bfloat16", lambda _device: fast)
+    monkeypatch.setattr(moments, "fast_bfloat16", lambda _device: fast)
     rows = torch.randn(600, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     moment = SecondMoment(width)
     for part in rows.split(100):
