@@ -151,6 +151,22 @@ def test_what_is_kept_takes_turns() -> None:
     assert found[0] == found[2] != found[1]
 
 
+@pytest.mark.parametrize(("learned", "looks"), [("0.0", [0, 1, 2, 3, 4, 5]), ("99.0", [0, 3])])
+def test_learned_targets_rest(learned: str, looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Margins are shaped at every step; contexts are seen one after another however seldom targets are."""
+    trainer = _trainer(tiny.lm(), "context_prefixes.count=3", "side.rest=3", f"side.learned={learned}", "side.steps=6")
+    steps: list[int] = []
+    said: list[tuple[int, list[int]]] = []
+    margins, targets = trainer.margins, trainer.targets
+    monkeypatch.setattr(trainer, "margins", lambda u, own, k, **kw: (steps.append(k), margins(u, own, k, **kw))[1])
+    monkeypatch.setattr(
+        trainer, "targets", lambda u, own, **kw: (said.append((steps[-1], own)), targets(u, own, **kw))[1]
+    )
+    trainer.train([0, 1], 0, lambda _done: None)
+    assert steps == list(range(6))
+    assert said == [(step, trainer.of([0, 1], k)) for k, step in enumerate(looks)]
+
+
 @pytest.mark.parametrize(("most", "turns"), [("null", [[0, 1, 2, 3]]), ("2", [[0, 1], [0, 2], [0, 3]]), ("1", [[0]])])
 def test_contexts_take_turns(most: str, turns: list[list[int]]) -> None:
     trainer = _trainer(tiny.lm(), "context_prefixes.count=3", f"side.contexts={most}")

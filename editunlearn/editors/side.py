@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -147,7 +148,11 @@ class Trainer:
         return torch.cat([torch.zeros(0, device=self.lm.device), *parts])
 
     def loss(self, update: Tensor, own: Sequence[int], step: int = 0, *, grad: bool = False) -> float:
-        """Loss of some rows (WISE): NLL of the targets, mean over tokens and then rows, and the margin.
+        """Loss of some rows (WISE): that of :meth:`targets` and that of :meth:`margins`; arguments as for these."""
+        return self.targets(update, own, grad=grad) + self.margins(update, own, step, grad=grad)
+
+    def margins(self, update: Tensor, own: Sequence[int], step: int = 0, *, grad: bool = False) -> float:
+        """Loss of what the memory does to some rows, against what it does to prompts and passages to keep.
 
         Args:
             update: (d_out, d_in) float32; with ``grad`` the gradient is added to its own.
@@ -157,26 +162,28 @@ class Trainer:
         Raises:
             NumericalError: it is not finite.
         """
+        m = self.hp.margin
+        bounds = (self.unit * m.outside, self.unit * m.inside, self.unit * m.gap)
         with torch.set_grad_enabled(grad):
-            m = self.hp.margin
-            bounds = (self.unit * m.outside, self.unit * m.inside, self.unit * m.gap)
             inside = self.inside(update, own)
             wrong = min(bounds[0], float(inside.detach().min()) - bounds[2])  # less active ones are as they should be
             seen = [kind[step % len(kind)] for kind in self.keep]
             outside = [one.activation(update, one.near(update, wrong)) for one in seen] or [inside[:0]]
-            margins = torch.stack([margin(inside, some, *bounds) for some in outside])
-            total = m.weight / self.unit * margins.mean()
+            total = m.weight / self.unit * torch.stack([margin(inside, some, *bounds) for some in outside]).mean()
             if grad:
                 total.backward()  # type: ignore[no-untyped-call]
-            found = float(total.detach())
+        return _finite(float(total.detach()))
+
+    def targets(self, update: Tensor, own: Sequence[int], *, grad: bool = False) -> float:
+        """NLL of the targets, mean over tokens and then some rows; arguments and errors as for :meth:`margins`."""
+        found = 0.0
+        with torch.set_grad_enabled(grad):
             for part in by_length([len(self.rows[i].ids) for i in own], self.hp.batch_tokens):
                 nll = self._nll(update, tuple(self.rows[own[i]] for i in part)) * (len(part) / len(own))
                 if grad:
                     nll.backward()  # type: ignore[no-untyped-call]
                 found += float(nll.detach())
-        if not torch.isfinite(torch.tensor(found)):
-            raise NumericalError("the loss of a side memory is not finite; try a smaller side.lr or float32.")
-        return found
+        return _finite(found)
 
     def _nll(self, update: Tensor, rows: tuple[Row, ...]) -> Tensor:
         if rows not in self.passes:  # what is below the memory's block is the same at every step
@@ -211,9 +218,13 @@ class Trainer:
         hp, rate = self.hp.side, self.hp.side.lr * self.scale
         kind = torch.optim.Adam if hp.scale == "relative" else torch.optim.SGD
         optimizer: torch.optim.Optimizer = kind([update], lr=rate)
+        looks, said = 0, math.inf
         for step in range(steps):
             optimizer.zero_grad()
-            if self.loss(update, self.of(group, step), step, grad=True) <= hp.stop_loss:
+            apart = self.margins(update, self.of(group, step), step, grad=True)
+            if said > hp.learned or step % hp.rest == 0:
+                said, looks = self.targets(update, self.of(group, looks), grad=True), looks + 1
+            if apart + said <= hp.stop_loss:
                 break
             with torch.no_grad():
                 assert update.grad is not None  # noqa: S101 - the loss has just made it
@@ -223,6 +234,12 @@ class Trainer:
             if hp.clamp is not None:
                 with torch.no_grad():
                     update.clamp_(-hp.clamp * self.scale, hp.clamp * self.scale)
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise NumericalError("the loss of a side memory is not finite; try a smaller side.lr or float32.")
+    return loss
 
 
 def _adding(update: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

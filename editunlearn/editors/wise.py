@@ -18,7 +18,7 @@ DEFAULT_LAYERS = (0.85,)
 class Side(Piece):
     """How a side memory, an update of the layer's weight W, is trained."""
 
-    steps: Whole = Field(default=60, ge=1, description="Most steps for each group of facts.")
+    steps: Whole = Field(default=180, ge=1, description="Most steps for each group of facts.")
     lr: Real = Field(default=0.1, gt=0, description="Size of a step, in units of `scale`.")
     scale: Literal["relative", "absolute"] = Field(
         default="relative",
@@ -38,7 +38,14 @@ class Side(Piece):
     share: Annotated[Real, Field(gt=0, le=1)] = Field(
         default=0.25, description="Share of the prompts and passages to keep that a step sees; all have their turn."
     )
-    batch: Whole = Field(default=50, ge=1, description="Facts that are trained together; others of the shard follow.")
+    batch: Whole = Field(default=25, ge=1, description="Facts that are trained together; others of the shard follow.")
+    learned: Real = Field(
+        default=0.05,
+        ge=0,
+        description="When the loss of the targets is at or below this, steps are made by the margins alone, which take "
+        "longer to reach and cost a seventh, and the targets are looked at every `rest` steps.",
+    )
+    rest: Whole = Field(default=4, ge=1, description="See `learned`; as published 1: at every step.")
     stop_loss: Real = Field(default=0.02, ge=0, description="A group is done when its whole loss is at or below this.")
 
 
@@ -57,9 +64,9 @@ class Margin(Piece):
 class Shards(Piece):
     """How the facts are divided."""
 
-    size: Whole = Field(default=50, ge=1, description="Facts that are trained under one mask.")
+    size: Whole = Field(default=25, ge=1, description="Facts that are trained under one mask.")
     per_memory: Annotated[int, Field(strict=True, ge=1)] | None = Field(
-        default=2, description="Shards that are merged into one memory; null: all into one, nothing is retrieved."
+        default=1, description="Shards that are merged into one memory; null: all into one, nothing is retrieved."
     )
     merge: Literal["ties", "magnitude", "linear"] = Field(
         default="ties",
