@@ -169,7 +169,7 @@ class Trainer:
             if grad:
                 total.backward()  # type: ignore[no-untyped-call]
             found = float(total.detach())
-            for part in by_length([len(self.rows[i].ids) for i in own], self.hp.batch_tokens):
+            for part in by_length([len(self.rows[i].ids) for i in own], self.hp.tokens_at_once):
                 nll = self._nll(update, tuple(self.rows[own[i]] for i in part)) * (len(part) / len(own))
                 if grad:
                     nll.backward()  # type: ignore[no-untyped-call]

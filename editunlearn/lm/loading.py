@@ -203,7 +203,7 @@ def load(
         UnsupportedError: an architecture without an MLP output projection to edit.
     """
     source = resolve_source(name)
-    wanted, device = asked_dtype(dtype), _device(device_map)
+    wanted, device = asked_dtype(dtype), asked_device(device_map)
     config = peek_config(name, revision, source=source)
     check_config(config)
     if config.model_type not in known_types():
@@ -242,7 +242,7 @@ def load(
 def check_options(dtype: str, device_map: str | None) -> None:
     """Raise InputError for a dtype or a device that ``load`` would refuse; lists both."""
     problems: list[str] = []
-    for check in (lambda: asked_dtype(dtype), lambda: _device(device_map)):
+    for check in (lambda: asked_dtype(dtype), lambda: asked_device(device_map)):
         try:
             check()
         except InputError as error:
@@ -285,7 +285,7 @@ def _dtype_reason(source: Source, wanted: torch.dtype | None, got: torch.dtype) 
     return "GGUF weights are decoded to it" if source.kind == "gguf" else "the checkpoint's own"
 
 
-def _device(device_map: str | dict[str, Any] | None) -> torch.device | None:
+def asked_device(device_map: str | dict[str, Any] | None) -> torch.device | None:
     """The one device to put the model on; None when transformers is to spread it."""
     if device_map is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
