@@ -56,8 +56,15 @@ class Footprint:
         return self.program + self.model + sum(self.held.values()) + max(self.stages.values())
 
 
-def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fact], rounded: str = "") -> Footprint:
-    """Of ``apply``, or of ``stats`` where there are no facts; ``rounded`` as for :func:`weights`."""
+def footprint(
+    target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fact], rounded: str = "", *, offload: bool = False
+) -> Footprint:
+    """Of ``apply``, or of ``stats`` where there are no facts.
+
+    Args:
+        rounded: as for :func:`weights`.
+        offload: as of the ``LM``: second moments of one layer at a time.
+    """
     from editunlearn.hparams import BlockHParams, EditorHParams, UnlearnerHParams
 
     at = _At.of(target, dtype, facts)
@@ -65,7 +72,7 @@ def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fac
     if facts:
         stages["measuring"] = at.decoding()
     if isinstance(hp, EditorHParams):
-        held, more = _editor(at, hp)
+        held, more = _editor(at, hp, offload=offload)
     elif isinstance(hp, UnlearnerHParams):
         held, more = _unlearner(at, hp)
     elif isinstance(hp, BlockHParams):
@@ -75,11 +82,14 @@ def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fac
     return Footprint(PROGRAM + WORD * at.vocabulary, weights(target, at.width, rounded), held, stages | more)
 
 
-def batches(target: Target, hp: MethodHParams, dtype: str, device: torch.device, rounded: str = "") -> dict[str, int]:
+def batches(
+    target: Target, hp: MethodHParams, dtype: str, device: torch.device, rounded: str = "", *, offload: bool = False
+) -> dict[str, int]:
     """By name what each ``batch_tokens: auto`` would be in a run that began now on a device without the model.
 
     Args:
         rounded: as for :func:`weights`.
+        offload: as of the ``LM``.
     """
     from editunlearn.hparams import UnlearnerHParams
     from editunlearn.lm import room
@@ -93,8 +103,8 @@ def batches(target: Target, hp: MethodHParams, dtype: str, device: torch.device,
 
         held += nbytes(hp, target.shapes, width)
         trained = [] if hp.train.what == "lora" else [site.name for site in target.sites]
-    layout, free = layout_of(target.model, target.config), free_memory(device)
-    there = room.room_of(target.model, layout, target.config, dtype, device.type, free, trained, held)
+    about = (target.model, layout_of(target.model, target.config), target.config, dtype, device.type)
+    there = room.room_of(*about, free_memory(device), trained=trained, held=held, offload=offload)
     return {name: there.tokens(*how) for name, how in room.open_numbers(hp, target.layers).items()}
 
 
@@ -170,7 +180,7 @@ class _At:
         return DECODED * self.vocabulary * (self.width + 4) + self.logits(DECODED * 4)
 
 
-def _editor(at: _At, hp: EditorHParams) -> tuple[dict[str, float], dict[str, float]]:
+def _editor(at: _At, hp: EditorHParams, *, offload: bool) -> tuple[dict[str, float], dict[str, float]]:
     from editunlearn.lm.room import values_from
 
     widths = [width for _, width in at.target.shapes]
@@ -178,7 +188,8 @@ def _editor(at: _At, hp: EditorHParams) -> tuple[dict[str, float], dict[str, flo
     held: dict[str, float] = {}  # second moments stay on the disk
     if at.facts and hp.retain.weight > 0:
         held["keys to keep, twice"] = 2 * 4.0 * _kept(hp) * sum(widths)
-    stages = {"reading text": 8.0 * sum(w * w for w in widths)} if read else {}
+    sums = [8.0 * width * width for width in widths]
+    stages = {"reading text": max(sums) if offload else sum(sums)} if read else {}
     if not at.facts:
         return held, stages
     row = _row(at, hp)

@@ -100,11 +100,11 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     dtype = estimate.dtype_of(made.config, args.dtype)
     rounded = rounded_to(made.config, args.dtype)
     device = asked_device(args.device_map) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    numbers = batches(found, made.hp, dtype, device, rounded)
+    numbers = batches(found, made.hp, dtype, device, rounded, offload=args.offload)
     for name, number in numbers.items():
         console.info(f"{name}: {number:,} on {device.type} (auto)")
     hp = with_numbers(made.hp, numbers)
-    memory = footprint(found, hp, dtype, made.facts, rounded).rows(dtype)
+    memory = footprint(found, hp, dtype, made.facts, rounded, offload=args.offload).rows(dtype)
     flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found)
     disk = estimate.disk(made.hp, estimate.columns(made.hp, made.facts), found.shapes)
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))

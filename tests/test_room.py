@@ -39,8 +39,7 @@ def refused(*_: Any) -> Any:
     ],
 )
 def test_tokens_are_a_power_of_two_that_fits(tokens_there: float, grows: bool, found: int) -> None:
-    free_bytes = tokens_there * 10 * HOLES / room.SHARE
-    assert room.Room(free_bytes, grows, 1e12, lambda first: 10.0 + first).tokens(2048, 0) == found
+    assert room.Room(tokens_there * 10 * HOLES, grows, 1e12, lambda first: 10.0 + first).tokens(2048, 0) == found
 
 
 def test_nothing_is_counted_where_there_is_room_or_nobody_knows() -> None:

@@ -31,6 +31,8 @@ Settings = TypeVar("Settings", bound=MethodHParams)
 
 SHARE = 1 / 3
 """Of the free memory, for what autograd keeps of a batch: the rest is for all that a run holds beside it."""
+SPARED = 0.2
+"""Of the size of the model, for the same where as little as can be is to be beside it (``LM.offload``)."""
 LEAST, MOST = 256, 16_384
 """Tokens of a batch: fewer save little memory, and more do not make a GPU any faster."""
 IN_REFINE = "refine.batch_tokens"
@@ -43,25 +45,25 @@ class Room:
     """What there is to divide among the tokens of a batch.
 
     Attributes:
-        free: bytes; None where the system does not say.
+        share: bytes; None where the system does not say.
         grows: whether a larger batch is faster here.
         ample: more bytes than a token takes.
         kept: (number of the first block that gradients go back to) -> bytes that are kept of a token.
     """
 
-    free: float | None
+    share: float | None
     grows: bool
     ample: float
     kept: Callable[[int], float]
 
     def tokens(self, usual: int, first: int) -> int:
         """Of a batch, ``usual`` where there is no reason for another number."""
-        if self.free is None:
+        if self.share is None:
             return usual
-        most, share = MOST if self.grows else usual, SHARE * self.free / HOLES
-        if share >= most * self.ample:  # counting takes as long as a batch of a small model
+        most = MOST if self.grows else usual
+        if self.share >= HOLES * most * self.ample:  # counting takes as long as a batch of a small model
             return most
-        fits = max(LEAST, int(share / self.kept(first)))
+        fits = max(LEAST, int(self.share / (HOLES * self.kept(first))))
         return min(most, 1 << (fits.bit_length() - 1))
 
 
@@ -135,7 +137,17 @@ def of_model(lm: LM, trained: Sequence[str] = (), held: float = 0.0) -> Room:
     free = [free_memory(device) for device in places]
     least = min((f for f in free if f is not None), default=None)
     dtype = str(lm.dtype).removeprefix("torch.")
-    return room_of(lm.model, lm.layout, lm.model.config, dtype, places[0].type, least, trained, held)
+    return room_of(
+        lm.model,
+        lm.layout,
+        lm.model.config,
+        dtype,
+        places[0].type,
+        least,
+        trained=trained,
+        held=held,
+        offload=lm.offload,
+    )
 
 
 def room_of(
@@ -145,16 +157,24 @@ def room_of(
     dtype: str,
     device: str,
     free: float | None,
+    *,
     trained: Sequence[str] = (),
     held: float = 0.0,
+    offload: bool = False,
 ) -> Room:
     """The room that a model, which may be on the meta device, leaves in so many free bytes.
 
     Args:
         dtype: that it computes in.
         device: cpu, cuda, ...
+        trained, held: as for :func:`settled`.
+        offload: as of the ``LM``.
     """
-    ample = at_most(model, layout, torch.empty(0, dtype=getattr(torch, dtype)).element_size())
+    width = getattr(torch, dtype).itemsize
+    ample = at_most(model, layout, width)
+    shares = [] if free is None else [SHARE * max(0.0, free - held)]
+    if offload:
+        shares.append(SPARED * width * sum(p.numel() for p in model.parameters()))
 
     def kept(first: int) -> float:
         try:
@@ -162,4 +182,4 @@ def room_of(
         except Exception:  # noqa: BLE001 - code of a model that does not run on fake tensors
             return ample
 
-    return Room(None if free is None else max(0.0, free - held), device != "cpu", ample, kept)
+    return Room(min(shares, default=None), device != "cpu", ample, kept)
