@@ -106,6 +106,9 @@ def test_values(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         graph = sum(tokens_of(p, skip=True) for p in asked) * kept_by_autograd(lm.model.config, "float32", 1)
         assert held.peak < 2 * graph + 2 * 4 * rows * vocabulary, held.peak / graph
     assert found[6000] - found[2000] < 2 * 4 * rows * (6000 - 2000)
+    with frozen(lm.model), short_rows(lm.device), Held(lm.model) as held:
+        values.optimise(lm, asked, sites, hp, tokens=64)  # of 304
+    assert held.peak < 0.4 * found[6000], held.peak / found[6000]
 
 
 def stages(text: str, folder: Path, method: str, layers: Sequence[int]) -> int:

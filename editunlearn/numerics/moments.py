@@ -55,12 +55,12 @@ class SecondMoment:
             raise ValueError("a second moment of no rows")
         whole = torch.empty_like(self.total, dtype=dtype)
         for start in range(0, len(whole), BLOCK):
-            rows = (self.total[start : start + BLOCK] / self.count).to(dtype)
-            end = start + len(rows)
-            corner = rows[:, start:end]
-            rows[:, start:end] = corner.tril() + corner.tril(-1).T
-            whole[start:end, :end] = rows[:, :end]
-            whole[:end, start:end] = rows[:, :end].T
+            size = min(BLOCK, len(whole) - start)
+            rows = (self.total.narrow(0, start, size).narrow(1, 0, start + size) / self.count).to(dtype)
+            corner = rows.narrow(1, start, size)
+            corner.copy_(corner.tril() + corner.tril(-1).T)
+            whole.narrow(0, start, size).narrow(1, 0, start + size).copy_(rows)
+            whole.narrow(1, start, size).narrow(0, 0, start + size).copy_(rows.T)
         return whole
 
 
