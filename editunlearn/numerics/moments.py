@@ -53,14 +53,13 @@ class SecondMoment:
         """
         if self.count == 0:
             raise ValueError("a second moment of no rows")
-        whole = torch.empty_like(self.total, dtype=dtype)
+        whole = torch.zeros_like(self.total, dtype=dtype)
         for start in range(0, len(whole), BLOCK):
             size = min(BLOCK, len(whole) - start)
-            rows = (self.total.narrow(0, start, size).narrow(1, 0, start + size) / self.count).to(dtype)
-            corner = rows.narrow(1, start, size)
-            corner.copy_(corner.tril() + corner.tril(-1).T)
-            whole.narrow(0, start, size).narrow(1, 0, start + size).copy_(rows)
-            whole.narrow(1, start, size).narrow(0, 0, start + size).copy_(rows.T)
+            end = start + size
+            rows = (self.total.narrow(0, start, size).narrow(1, 0, end) / self.count).to(dtype).tril(start)
+            whole.narrow(0, start, size).narrow(1, 0, end).add_(rows)
+            whole.narrow(1, start, size).narrow(0, 0, end).add_(rows.tril(start - 1).T)
         return whole
 
 
