@@ -50,7 +50,7 @@ def test_resumed_values_equal_uninterrupted_ones(tmp_path: Path, text: str, kind
     assert len(calls) == 4 and calls[2] == calls[3]  # the two finished facts are not optimised again
     assert same_delta(whole, resumed)
     left = sorted(p.name for p in Workspace(tmp_path, {"run": 1}).folder.iterdir())  # type: ignore[union-attr]
-    assert left == ["batches.safetensors", "refine.safetensors", "values.safetensors"]
+    assert left == ["refine.safetensors", "values.safetensors"]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("llama", torch.bfloat16), ("gemma3_text", torch.float32)])

@@ -108,6 +108,11 @@ def test_an_interrupted_run_goes_on_with_its_numbers(tmp_path: Path, monkeypatch
         first == again and again.batch_tokens == 256 and again.refine is not None and again.refine.batch_tokens == 256
     )
     assert room.settled(lm, hp, [0], Workspace(None, {}), QUIET).batch_tokens == 2048
+    other = Workspace(tmp_path, {"of": "another run"})
+    assert room.settled(lm, hp, [0], other, QUIET).batch_tokens == 2048 and not other.folder.exists()  # type: ignore[union-attr]
+    other.put("values", {"loss": torch.zeros(1)})
+    monkeypatch.setattr(room, "free_memory", lambda _: 1.0)
+    assert room.settled(lm, hp, [0], other, QUIET).batch_tokens == 2048  # as it began
 
 
 def test_numbers_that_are_given_stay(monkeypatch: pytest.MonkeyPatch) -> None:

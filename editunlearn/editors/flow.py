@@ -209,22 +209,15 @@ class Flow:
                     wanted = spread.residuals(
                         lm, sites, number, lambda names: read.outputs(bare, names), found, self.hp.value.spread
                     )
-                factors[site.name], solved[site.name] = self._of_site(site, raw, wanted, second, kept)
+                    problem = self._problem(site, raw, wanted, second, kept)
+                left, right = self._solved(site, problem)
+                factors[site.name] = (left.float().contiguous(), right.float().contiguous())
+                solved[site.name] = replace(problem, moment=None)
+                del (
+                    problem
+                )  # its moment is as large as a layer, and the next one is read before this name is given away
                 bar.update(1)
         return factors, solved
-
-    def _of_site(
-        self,
-        site: Site,
-        raw: Tensor,
-        wanted: Tensor | None,
-        second: dict[str, SiteMoment],
-        kept: dict[str, Tensor],
-    ) -> tuple[Pair, SiteProblem]:
-        """Factors of one site, and what they solve less its moment, which is as large as a layer."""
-        problem = self._problem(site, raw, wanted, second, kept)
-        left, right = self._solved(site, problem)
-        return (left.float().contiguous(), right.float().contiguous()), replace(problem, moment=None)
 
     def _problem(
         self,
@@ -283,9 +276,11 @@ class Flow:
         answers: dict[str, Tensor] = {}
         for name, raw in keys.collect(self.lm, rows.keys, sites, warn=self.console.warn).items():
             site = next(s for s in sites if s.name == name)
-            (_, right), problem = self._of_site(site, raw, None, second, kept)
+            problem = self._problem(site, raw, None, second, kept)
+            right = self._solved(site, problem)[1].float()
             own = (right * problem.keys).sum(-1, keepdim=True)
             answers[name] = right / own.clamp(min=LEAST_ANSWER)
+            del problem  # with its moment
         subjects = [f.subject for f in self.request.facts]
         found = lookalikes.find(
             self.lm, answers, sites, self._text(sites), subjects, hp.lookalikes, warn=self.console.warn
