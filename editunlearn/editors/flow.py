@@ -213,9 +213,7 @@ class Flow:
                 left, right = self._solved(site, problem)
                 factors[site.name] = (left.float().contiguous(), right.float().contiguous())
                 solved[site.name] = replace(problem, moment=None)
-                del (
-                    problem
-                )  # its moment is as large as a layer, and the next one is read before this name is given away
+                del problem  # or its moment, as large as a layer, would be there while the next one is read
                 bar.update(1)
         return factors, solved
 
