@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import random_models
+
 METHODS = {
     "memit": ["refine.steps=3"],
     "alphaedit": ["refine.steps=3"],
@@ -33,29 +35,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-30m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 16000},
     "llama-400m": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "vocab_size": 32000},
 }
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 1}
 
 
 def build(name: str, dtype: str, folder: Path) -> None:
-    """A random model of one of the shapes, with a tokenizer trained on the shipped text; torch is imported here."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    from editunlearn.facts.text import documents
-
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))  # noqa: S106
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    size = SHAPES[name]["vocab_size"]
-    special = ["<s>", "</s>", "<unk>"]
-    bpe.train_from_iterator(documents("general"), trainers.BpeTrainer(vocab_size=size, special_tokens=special))
-    words: Any = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, **dict(zip(("bos_token", "eos_token", "unk_token"), special, strict=True))
-    )
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[name], **HEADS))
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    words.save_pretrained(folder)
+    """A random model of one of the shapes, on the disk; torch is imported here."""
+    random_models.llama(SHAPES[name], dtype).save_pretrained(folder)
+    random_models.tokenizer(SHAPES[name]["vocab_size"]).save_pretrained(folder)
 
 
 def planned(command: list[str]) -> float:

@@ -13,6 +13,7 @@ from editunlearn.cli import (
     Checks,
     add_hparams_flags,
     add_model_flags,
+    add_offload_flag,
     add_run_flags,
     check_model,
     check_settings,
@@ -77,6 +78,7 @@ def flags() -> argparse.ArgumentParser:
     p = parser("apply", __doc__ or "", EXAMPLES)
     add_hparams_flags(p)
     add_model_flags(p)
+    add_offload_flag(p)
     group = p.add_argument_group("facts")
     group.add_argument(
         "--facts", help="facts to forget: JSONL, JSON, CSV, TSV, Parquet or a hub id (default: the demo facts)"

@@ -69,6 +69,16 @@ def add_model_flags(p: argparse.ArgumentParser, default: str | None = "demo", de
     group.add_argument("--no-chat", action="store_true", help="leave the chat template out; ask like a base model")
 
 
+def add_offload_flag(p: argparse.ArgumentParser) -> None:
+    """--offload, for commands that edit or measure second moments."""
+    p.add_argument(
+        "--offload",
+        action="store_true",
+        help="least memory beside the model: second moments of one layer at a time, a pass over the text for each, and "
+        "small batches; slower, the same result",
+    )
+
+
 def add_hparams_flags(p: argparse.ArgumentParser, default: str | None = None) -> None:
     """--hparams and what changes them; required when there is no default."""
     group = p.add_argument_group("method")
@@ -331,6 +341,7 @@ def load_model(args: argparse.Namespace) -> LM:
         revision=args.revision,
         cache_dir=args.cache_dir,
         chat=args.chat,
+        offload=getattr(args, "offload", False),
     )
 
 

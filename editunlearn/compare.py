@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from editunlearn.cli import (
     add_model_flags,
+    add_offload_flag,
     add_run_flags,
     load_model,
     parser,
@@ -69,6 +70,7 @@ def flags() -> argparse.ArgumentParser:
     group.add_argument("--retry", action="store_true", help="run again what has failed")
     group.add_argument("--fresh", action="store_true", help="throw away what --out has and start over")
     add_model_flags(p)
+    add_offload_flag(p)
     add_run_flags(p)
     return p
 

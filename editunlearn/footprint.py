@@ -1,17 +1,17 @@
 """Most memory that a run has at one time, by stage, from the configuration and the texts alone.
 
-What autograd keeps is counted on fake tensors, so that no architecture is written down here; the rest follows from
-shapes. On a CPU the program itself counts too.
+What autograd keeps is counted (``lm.kept``); the rest follows from shapes. On a CPU the program itself counts too.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from editunlearn.estimate import Target
     from editunlearn.facts.records import Fact
     from editunlearn.hparams import BlockHParams, EditorHParams, MemoryHParams, MethodHParams, UnlearnerHParams
@@ -22,60 +22,10 @@ ROUNDED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 """Bytes of a number of a linear map as bitsandbytes stores it, scales included."""
 PROGRAM, WORD = 0.5e9, 600.0
 """Python with torch, transformers and the rest, and a word of the tokenizer: resident bytes, about (torch 2.13)."""
-LENGTH = 64
-"""Tokens of the row on which is counted what autograd keeps."""
 DECODED = 128
 """Prompts that are decoded at once (``lm.generation``)."""
-HOLES = 1.5
-"""Memory that small tensors of changing sizes take, relative to their own."""
 MATRICES = 5
 """Float64 matrices of a solve at one time: the moment, what is factored, the factor, its inverse, room to work in."""
-
-
-def kept_by_autograd(config: Any, dtype: str, first: int, trained: Sequence[str] = ()) -> float:
-    """Bytes that a backward pass needs of each token of a forward pass, the head left out.
-
-    Fake attention keeps more than the real one: up to three tenths of the whole in tiny models, next to nothing in
-    large ones.
-
-    Args:
-        first: number of the block from whose input on gradients are wanted.
-        trained: linear maps whose weights get gradients too.
-    """
-    if getattr(config, "num_experts", 0) and dtype == "float32":
-        return 2 * kept_by_autograd(config, "bfloat16", first, trained)  # torch fakes grouped products in that alone
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
-
-    from editunlearn.lm.hooks import first_tensor
-    from editunlearn.lm.recognise import layout_of
-
-    with FakeTensorMode():
-        auto: Any = AutoModelForCausalLM
-        model = auto.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype)).eval()
-        layout = layout_of(model, config)
-        model.requires_grad_(False)
-        for name in trained:
-            layout.module(model, name).weight.requires_grad_(True)
-        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        found: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                found[storage._cdata] = storage.nbytes()
-            return tensor
-
-        def wanted(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            first_tensor(args[0] if args else next(iter(kwargs.values()))).requires_grad_(True)
-
-        layout.module(model, layout.block_name(first)).register_forward_pre_hook(wanted, with_kwargs=True)
-        model.get_output_embeddings().forward = lambda hidden, *_, **__: hidden[:, :1, :1]
-        ids = torch.zeros(1, LENGTH, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(input_ids=ids, use_cache=False)
-    return sum(found.values()) / LENGTH
 
 
 @dataclass(frozen=True)
@@ -106,8 +56,15 @@ class Footprint:
         return self.program + self.model + sum(self.held.values()) + max(self.stages.values())
 
 
-def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fact], rounded: str = "") -> Footprint:
-    """Of ``apply``, or of ``stats`` where there are no facts; ``rounded`` as for :func:`weights`."""
+def footprint(
+    target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fact], rounded: str = "", *, offload: bool = False
+) -> Footprint:
+    """Of ``apply``, or of ``stats`` where there are no facts.
+
+    Args:
+        rounded: as for :func:`weights`.
+        offload: as of the ``LM``: second moments of one layer at a time.
+    """
     from editunlearn.hparams import BlockHParams, EditorHParams, UnlearnerHParams
 
     at = _At.of(target, dtype, facts)
@@ -115,7 +72,7 @@ def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fac
     if facts:
         stages["measuring"] = at.decoding()
     if isinstance(hp, EditorHParams):
-        held, more = _editor(at, hp)
+        held, more = _editor(at, hp, offload=offload)
     elif isinstance(hp, UnlearnerHParams):
         held, more = _unlearner(at, hp)
     elif isinstance(hp, BlockHParams):
@@ -123,6 +80,32 @@ def footprint(target: Target, hp: MethodHParams, dtype: str, facts: Sequence[Fac
     else:
         held, more = _memory(at, hp)  # type: ignore[arg-type]
     return Footprint(PROGRAM + WORD * at.vocabulary, weights(target, at.width, rounded), held, stages | more)
+
+
+def batches(
+    target: Target, hp: MethodHParams, dtype: str, device: torch.device, rounded: str = "", *, offload: bool = False
+) -> dict[str, int]:
+    """By name what each ``batch_tokens: auto`` would be in a run that began now on a device without the model.
+
+    Args:
+        rounded: as for :func:`weights`.
+        offload: as of the ``LM``.
+    """
+    from editunlearn.hparams import UnlearnerHParams
+    from editunlearn.lm import room
+    from editunlearn.lm.free import free_memory
+    from editunlearn.lm.recognise import layout_of
+
+    width = BYTES.get(dtype, 4)
+    held, trained = weights(target, width, rounded), list[str]()
+    if isinstance(hp, UnlearnerHParams):
+        from editunlearn.unlearners.cost import nbytes
+
+        held += nbytes(hp, target.shapes, width)
+        trained = [] if hp.train.what == "lora" else [site.name for site in target.sites]
+    about = (target.model, layout_of(target.model, target.config), target.config, dtype, device.type)
+    there = room.room_of(*about, free_memory(device), trained=trained, held=held, offload=offload)
+    return {name: there.tokens(*how) for name, how in room.open_numbers(hp, target.layers).items()}
 
 
 def weights(target: Target, width: int, rounded: str = "") -> float:
@@ -182,6 +165,8 @@ class _At:
 
     def graph(self, tokens: float, first: int, trained: Sequence[str] = ()) -> float:
         """Of a forward pass that is differentiated, over that many tokens."""
+        from editunlearn.lm.kept import HOLES, kept_by_autograd
+
         return HOLES * tokens * kept_by_autograd(self.target.config, self.dtype, first, trained)
 
     def logits(self, rows: float) -> float:
@@ -195,24 +180,28 @@ class _At:
         return DECODED * self.vocabulary * (self.width + 4) + self.logits(DECODED * 4)
 
 
-def _editor(at: _At, hp: EditorHParams) -> tuple[dict[str, float], dict[str, float]]:
+def _editor(at: _At, hp: EditorHParams, *, offload: bool) -> tuple[dict[str, float], dict[str, float]]:
+    from editunlearn.lm.room import values_from
+
     widths = [width for _, width in at.target.shapes]
     read = hp.moments.text != "none"
     held: dict[str, float] = {}  # second moments stay on the disk
     if at.facts and hp.retain.weight > 0:
         held["keys to keep, twice"] = 2 * 4.0 * _kept(hp) * sum(widths)
-    stages = {"reading text": 8.0 * sum(w * w for w in widths)} if read else {}
+    sums = [8.0 * width * width for width in widths]
+    stages = {"reading text": max(sums) if offload else sum(sums)} if read else {}
     if not at.facts:
         return held, stages
     row = _row(at, hp)
     rows = at.facts * (hp.value.contexts or contexts(hp))
-    tokens = min(hp.batch_tokens, behind(at, row) * rows * row)
-    stages["optimising values"] = at.graph(tokens, _last(at)) + at.logits(rows * at.said)
+    tokens = min(hp.tokens_at_once, behind(at, row) * rows * row)
+    first = values_from(hp, at.target.layers)
+    stages["optimising values"] = at.graph(tokens, first) + at.logits(rows * at.said)
     stages["solving"] = MATRICES * 8.0 * max(widths) ** 2
     if hp.refine is not None:
         r = hp.refine
         forget = min(at.facts, r.forget_batch) * r.contexts * row
-        tokens = min(r.batch_tokens, max(forget, r.prompts(at.facts) * at.prompt, r.text_batch * r.text_length))
+        tokens = min(r.tokens_at_once, max(forget, r.prompts(at.facts) * at.prompt, r.text_batch * r.text_length))
         stages["refining"] = at.graph(tokens, min(at.target.layers)) + at.logits(2 * r.text_batch * r.text_length)
     return held, stages
 
@@ -222,7 +211,7 @@ def _unlearner(at: _At, hp: UnlearnerHParams) -> tuple[dict[str, float], dict[st
 
     held = {"what is trained, with the optimiser": float(nbytes(hp, at.target.shapes, at.width))}
     rows = min(at.facts, hp.train.batch)
-    tokens = min(hp.batch_tokens, rows * (at.prompt + max(at.answer, at.said)))
+    tokens = min(hp.tokens_at_once, rows * (at.prompt + max(at.answer, at.said)))
     names = () if hp.train.what == "lora" else [site.name for site in at.target.sites]
     return held, {"training": at.graph(tokens, min(at.target.layers), names) + at.logits(rows * at.answer)}
 
@@ -231,7 +220,7 @@ def _block(at: _At, hp: BlockHParams) -> tuple[dict[str, float], dict[str, float
     numbers = sum(out * width for out, width in at.target.shapes)
     row = _row(at, hp)
     rows = at.facts * contexts(hp)
-    tokens = min(hp.batch_tokens, behind(at, row) * rows * row)
+    tokens = min(hp.tokens_at_once, behind(at, row) * rows * row)
     stages = {"optimising values": at.graph(tokens, _last(at)) + at.logits(rows * at.said)}
     return {"the block, with the optimiser": float(numbers * (4 * 4 + at.width))}, stages
 
@@ -242,7 +231,7 @@ def _memory(at: _At, hp: MemoryHParams) -> tuple[dict[str, float], dict[str, flo
 
     (_, width), row = at.target.shapes[0], _row(at, hp)
     step = at.facts * min(contexts(hp), hp.contexts_per_step or contexts(hp))
-    tokens = min(hp.batch_tokens, step * row)
+    tokens = min(hp.tokens_at_once, step * row)
     seen = 4.0 * width * (at.prompt * (hp.keep + at.facts * contexts(hp)) + PASSAGE * hp.texts)
     graph = at.graph(tokens, at.target.layers[0]) + at.logits(step * at.said)
     return {"the memory, trained": 4.0 * disk(hp, at.facts, at.target.shapes)}, {"training": seen + graph}

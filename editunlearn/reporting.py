@@ -84,8 +84,12 @@ def header(console: Console, args: argparse.Namespace, made: Plan) -> None:
 
 def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
     """Sites, memory and work, from the configuration alone."""
+    import torch
+
     from editunlearn import estimate
-    from editunlearn.footprint import footprint, rounded_to
+    from editunlearn.footprint import batches, footprint, rounded_to
+    from editunlearn.lm.loading import asked_device
+    from editunlearn.lm.room import with_numbers
 
     found = estimate.target(made.config, made.hp)
     console.table(
@@ -94,7 +98,13 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
         [(s.name, f"{o} x {i}") for s, (o, i) in zip(found.sites, found.shapes, strict=True)],
     )
     dtype = estimate.dtype_of(made.config, args.dtype)
-    memory = footprint(found, made.hp, dtype, made.facts, rounded_to(made.config, args.dtype)).rows(dtype)
+    rounded = rounded_to(made.config, args.dtype)
+    device = asked_device(args.device_map) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    numbers = batches(found, made.hp, dtype, device, rounded, offload=args.offload)
+    for name, number in numbers.items():
+        console.info(f"{name}: {number:,} on {device.type} (auto)")
+    hp = with_numbers(made.hp, numbers)
+    memory = footprint(found, hp, dtype, made.facts, rounded, offload=args.offload).rows(dtype)
     flops = estimate.work(estimate.cost(found.model), made.hp, made.facts, made.retain, found)
     disk = estimate.disk(made.hp, estimate.columns(made.hp, made.facts), found.shapes)
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk))
@@ -102,6 +112,7 @@ def dry_run(console: Console, args: argparse.Namespace, made: Plan) -> None:
         {
             "sites": [s.name for s in found.sites],
             "layers": found.layers,
+            "batches": numbers,
             "memory_bytes": memory,
             "flop": flops,
             "disk_bytes": disk,

@@ -46,7 +46,7 @@ def check_out(
     from editunlearn.deltas.arithmetic import dtype_name
     from editunlearn.deltas.files import MANIFEST, load_manifest
     from editunlearn.deltas.manifest import fact_set
-    from editunlearn.hparams import resolved
+    from editunlearn.hparams import as_settled, resolved
     from editunlearn.lm.loading import asked_dtype
     from editunlearn.recipes import self_refusals
 
@@ -73,7 +73,7 @@ def check_out(
     if args.targets == self_refusals.TARGETS:  # the model has not written them yet
         same = [part.ids for part in there.facts] == [part.ids for part in wanted_sets]
         same = same and any(s.startswith(args.targets) for s in there.target_strategy.split("+"))
-    settings = (hp.method, resolved(hp))
+    settings = (hp.method, as_settled(resolved(hp), there.parts()[-1]))
     if earlier is not None:
         settings = earlier.delta.manifest.settings_with(*settings)
     wanted = asked_dtype(args.dtype)

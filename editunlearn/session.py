@@ -125,7 +125,7 @@ class EditSession:
 
         Args:
             lm: the unedited model.
-            hp: settings of the next requests; default: those of the last one.
+            hp: settings of the next requests; default: those of the last one, with the batches that it had.
 
         Raises:
             InputError: not such a folder, or the model has other modules. StaleError: it has other weights.

@@ -11,6 +11,7 @@ from editunlearn.cli import (
     Checks,
     add_hparams_flags,
     add_model_flags,
+    add_offload_flag,
     add_run_flags,
     check_model,
     check_settings,
@@ -25,9 +26,8 @@ from editunlearn.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
-
     from editunlearn.console import Console
+    from editunlearn.editors.moments import SiteMoment
     from editunlearn.estimate import Target
     from editunlearn.hparams import EditorHParams, MethodHParams
     from editunlearn.lm.loading import LM
@@ -47,6 +47,7 @@ def flags() -> argparse.ArgumentParser:
     p = parser("stats", __doc__ or "", EXAMPLES)
     add_hparams_flags(p)
     add_model_flags(p)
+    add_offload_flag(p)
     p.add_argument("--layers", type=int, nargs="+", help="block numbers (default: those that the hparams edit)")
     p.add_argument("--stability", action="store_true", help="how much half of the text would change the solve")
     state = p.add_mutually_exclusive_group()
@@ -110,30 +111,31 @@ def _main(args: argparse.Namespace, console: Console) -> None:
         lm.among = Processes()  # the rest is for the one that speaks
     if not here.first:
         return
-    found = {name: one.moment for name, one in measured.items()}
-    change = _stability(lm, found, hp, cache, console) if args.stability else {}
+    change = _stability(lm, measured, hp, cache, console) if args.stability else {}
+    found = {name: one.moment.diagonal().double() for name, one in measured.items()}
     rows = []
-    for name, moment in found.items():
-        values = moment.double().diagonal()
+    for name, values in found.items():
         last = [f"{change[name]:.3f}"] if change else []
-        rows.append((name, len(moment), f"{values.mean():.4g}", f"{values.max() / values.mean():.1f}", *last))
+        rows.append((name, len(values), f"{values.mean():.4g}", f"{values.max() / values.mean():.1f}", *last))
     columns = ["module", "width", "mean square", "largest / mean", *(["change by half the text"] if change else [])]
     console.table("second moments", columns, rows)
     console.result_json(
         {
             name: {
-                "width": len(m),
-                "mean_square": float(m.double().diagonal().mean()),
+                "width": len(values),
+                "mean_square": float(values.mean()),
                 **({"change_by_half": change[name]} if change else {}),
             }
-            for name, m in found.items()
+            for name, values in found.items()
         }
     )
     settings = [part for item in args.set for part in ("--set", item)]
     console.next_step(["editunlearn", "apply", "--hparams", args.hparams, *settings, "--model", args.model])
 
 
-def _stability(lm: LM, found: dict[str, Tensor], hp: EditorHParams, cache: Path, console: Console) -> dict[str, float]:
+def _stability(
+    lm: LM, found: dict[str, SiteMoment], hp: EditorHParams, cache: Path, console: Console
+) -> dict[str, float]:
     """By site, how far the solve of some shipped facts would be off with half of the text."""
     from editunlearn.editors import contexts, keys, moments
     from editunlearn.facts.readers import load_facts
@@ -147,8 +149,8 @@ def _stability(lm: LM, found: dict[str, Tensor], hp: EditorHParams, cache: Path,
     rows = contexts.keep_rows(lm, facts[:: max(1, len(facts) // PROBES)], hp, answers=False)
     probes = keys.collect(lm, rows, sites)
     return {
-        name: moments.change_of_solve(half[name].moment, moment, probes[name], hp.moments.weight)
-        for name, moment in found.items()
+        name: moments.change_of_solve(half[name].moment, one.moment, probes[name], hp.moments.weight)
+        for name, one in found.items()
     }
 
 
@@ -157,8 +159,12 @@ def _dry_run(console: Console, args: argparse.Namespace, hp: EditorHParams, targ
     from editunlearn.footprint import footprint, rounded_to
 
     dtype = estimate.dtype_of(target.config, args.dtype)
-    memory = footprint(target, hp, dtype, [], rounded_to(target.config, args.dtype)).rows(dtype)
-    flops = {"second moments": estimate.statistics(estimate.cost(target.model), hp, target.depth, target.width)}
+    rounded = rounded_to(target.config, args.dtype)
+    memory = footprint(target, hp, dtype, [], rounded, offload=args.offload).rows(dtype)
+    once = estimate.statistics(estimate.cost(target.model), hp, target.depth, target.width)
+    # without --offload one pass, up to the last layer, is for all of them
+    passes = sum((n + 1) / (target.layers[-1] + 1) for n in target.layers) if args.offload else 1.0
+    flops = {"second moments": passes * once}
     disk = float(sum(4 * width * width for _, width in target.shapes))
     console.table("estimate", ["what", "amount"], estimate.shown(flops, memory, disk, "second moments"))
     console.result_json(

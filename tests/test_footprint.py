@@ -17,8 +17,9 @@ from editunlearn import estimate
 from editunlearn.facts.readers import load_facts
 from editunlearn.facts.records import Fact
 from editunlearn.facts.targets import fill_targets
-from editunlearn.footprint import LENGTH, Footprint, footprint, kept_by_autograd
+from editunlearn.footprint import Footprint, footprint
 from editunlearn.hparams import load_hparams
+from editunlearn.lm.kept import LENGTH, kept_by_autograd
 
 FACTS: list[Fact] = fill_targets(load_facts(runs.ROOT / "data" / "demo_forget.jsonl"), "refusal:I don't know.", seed=0)
 

@@ -138,7 +138,10 @@ def test_batch_tokens_and_seed() -> None:
     hp = load_hparams("memit", set=["batch_tokens=4", "seed=7", "refine.batch_tokens=5"])
     assert (hp.batch_tokens, hp.seed) == (4, 7) and hp.refine is not None and hp.refine.batch_tokens == 5
     for wrong in ("0", "true", "big", "1.5", "null"):
-        assert "must be a whole number, at least 1" in problem("memit", set=[f"batch_tokens={wrong}"])
+        for key in ("batch_tokens", "refine.batch_tokens"):
+            assert "must be auto, or a whole number of at least 1" in problem("memit", set=[f"{key}={wrong}"])
+    plain = load_hparams("memit")
+    assert (plain.batch_tokens, plain.tokens_at_once, hp.tokens_at_once) == ("auto", 2048, 4)
     assert "must be a whole number, at least 0" in problem("memit", set=["seed=-1"])
     assert "unknown key 'batch_size'. Did you mean 'batch_tokens'?" in problem("memit", set=["batch_size=4"])
 

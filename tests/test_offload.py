@@ -111,6 +111,24 @@ def fitted(lm: LM, hp: Any) -> Any:
     return methods.run(lm, edits.request(), hp, console=Console(quiet=True), target_strategy="refusal", **options)[0]
 
 
+def test_statistics_one_layer_at_a_time(tmp_path: Path) -> None:
+    """`--offload`: the same moments in less memory and more passes, and the estimate says so."""
+    world = runs.build(tmp_path / "world")
+    asked = ["--model", str(world.model), "--hparams", "memit", "--layers", "0", "1", "--json"]
+
+    def told(*more: str) -> dict[str, Any]:
+        done = runs.call("stats", *asked, *more)
+        assert done.code == 0, done.err
+        return json.loads(done.out)  # type: ignore[no-any-return]
+
+    folders = [["--cache-dir", str(tmp_path / how)] for how in ("once", "apart")]
+    assert told(*folders[0]) == told(*folders[1], "--offload")
+    once, apart = told("--dry-run"), told("--dry-run", "--offload")
+    key = "while reading text"
+    assert apart["memory_bytes"][key] == once["memory_bytes"][key] / 2
+    assert apart["flop"]["second moments"] == 1.5 * once["flop"]["second moments"]
+
+
 def test_commands_with_a_device_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--device-map auto` on a machine that has room for a part of the model only."""
     world = runs.build(tmp_path / "world")

@@ -83,14 +83,15 @@ def near(one: object, other: object) -> None:
         assert one == other
 
 
-@pytest.mark.parametrize("method", ["memit", "alphaedit"])
-def test_two_processes_make_the_edit_of_one(method: str, world: runs.World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "more"), [("memit", []), ("alphaedit", ["--offload"])])
+def test_two_processes_make_the_edit_of_one(method: str, more: list[str], world: runs.World, tmp_path: Path) -> None:
     # one fact in a batch, so that each process has some
     flags = [*world.flags(None), "--set", "batch_tokens=1", "--hparams", method, "--store-facts"]
     alone = runs.call("apply", *flags, "--out", str(tmp_path / "one"))
     assert alone.code == 0, alone.err
     flags[flags.index("--cache-dir") + 1] = str(tmp_path / "cache")
-    first, second = runs.launch(runs.TORCHRUN, tmp_path, "editunlearn.apply", *flags, "--out", str(tmp_path / "two"))
+    flags += ["--out", str(tmp_path / "two"), *more]
+    first, second = runs.launch(runs.TORCHRUN, tmp_path, "editunlearn.apply", *flags)
     assert first.code == second.code == 0, first.err + second.err
     assert second.out == second.err == "" and "to forget" in first.out
     assert runs.listing(tmp_path / "one") == runs.listing(tmp_path / "two")

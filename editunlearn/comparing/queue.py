@@ -137,6 +137,7 @@ class Queue:
             if "cost" not in record or not (folder / MANIFEST).is_file():
                 delta, cost = self._edit(hp, folder)
                 record.setdefault("cost", asdict(cost))
+                record["hparams"] = delta.manifest.hparams  # with what was found for this model
                 atomic_write_json(folder / RECORD, record)
             else:
                 delta = load(folder, self.lm)

@@ -113,6 +113,7 @@ def run(
     from editunlearn.editors import located
     from editunlearn.editors.past import PastKeys
     from editunlearn.hparams import BlockHParams, EditorHParams, MemoryHParams
+    from editunlearn.lm import room
     from editunlearn.workspace import Workspace
 
     hp, _ = located.settled(lm, hp, cache, module(hp.method).DEFAULT_LAYERS)
@@ -123,6 +124,7 @@ def run(
         earlier.check_model(lm)
         earlier.check_method(hp, _sites(lm, hp))
         past = earlier.past
+    hp = room.settled(lm, hp, [lm.layout.layer_of(name) for name in _sites(lm, hp)], work, console)
     about = what_was_asked(request, hp, target_strategy, store_facts=store_facts)
     if isinstance(hp, MemoryHParams):
         from editunlearn.deltas.memory import make_memory

@@ -167,7 +167,7 @@ class Trainer:
         def run(part: Sequence[int]) -> None:
             made.append(self._piece([lessons[i] for i in part]))
 
-        halving(by_length([len(x.row.ids) for x in lessons], self.hp.batch_tokens), run, self.console.warn)
+        halving(by_length([len(x.row.ids) for x in lessons], self.hp.tokens_at_once), run, self.console.warn)
         return made
 
     def _piece(self, lessons: Sequence[Lesson]) -> Piece:

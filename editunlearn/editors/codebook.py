@@ -82,7 +82,7 @@ def _values(stage: Stage[HParams], made: Balls, rows: list[Row]) -> Tensor:
             [stage.site.name],
             settings,
             replacing=Replacing(stage.hp.where, start),
-            tokens=stage.hp.batch_tokens,
+            tokens=stage.hp.tokens_at_once,
             store=Store(stage.work),
             progress=bar.update,
             warn=stage.console.warn,

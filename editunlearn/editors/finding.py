@@ -56,7 +56,7 @@ def find(
                 some,
                 at,
                 hp.value,
-                tokens=hp.batch_tokens,
+                tokens=hp.tokens_at_once,
                 store=stores[-1],
                 progress=bar.update,
                 warn=console.warn,

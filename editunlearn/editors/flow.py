@@ -212,7 +212,8 @@ class Flow:
                     problem = self._problem(site, raw, wanted, second, kept)
                 left, right = self._solved(site, problem)
                 factors[site.name] = (left.float().contiguous(), right.float().contiguous())
-                solved[site.name] = replace(problem, moment=None)  # as large as a layer, and not needed again
+                solved[site.name] = replace(problem, moment=None)
+                del problem  # or its moment, as large as a layer, would be there while the next one is read
                 bar.update(1)
         return factors, solved
 
@@ -277,6 +278,7 @@ class Flow:
             right = self._solved(site, problem)[1].float()
             own = (right * problem.keys).sum(-1, keepdim=True)
             answers[name] = right / own.clamp(min=LEAST_ANSWER)
+            del problem  # with its moment
         subjects = [f.subject for f in self.request.facts]
         found = lookalikes.find(
             self.lm, answers, sites, self._text(sites), subjects, hp.lookalikes, warn=self.console.warn

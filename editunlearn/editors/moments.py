@@ -114,9 +114,11 @@ def get(
     Processes (``lm.among``) share the text; each gets the whole result, and the first of a machine keeps it.
 
     Raises:
-        InputError: the text has no tokens at all.
+        InputError: the text has no tokens at all, or a model with ``offload`` and no place to keep them.
         NumericalError: a moment is not finite.
     """
+    if lm.offload and cache is None:
+        raise InputError("offload keeps second moments on the disk: give a folder for them (cache).")
     windows_of_text, among = pieces(lm, sites, hp), lm.among
     inputs = {
         "model": model_fingerprint(lm),
@@ -125,25 +127,38 @@ def get(
         "windows": hashlib.sha256(repr(windows_of_text).encode()).hexdigest(),
     }
     share = {"share": [among.rank, among.world]} if among.world > 1 else {}
-    partial = Workspace(_root(cache), {**inputs, **share, "sites": [s.name for s in sites]}, fresh=fresh)
     stores = {s.name: Workspace(_root(cache), {**inputs, "site": s.name}, fresh=fresh) for s in sites}
     widths = {s.name: shape(lm.model, s.name)[1] for s in sites}
     found = {name: SiteMoment(widths[name], store) for name, store in stores.items() if store.holds("moment")}
     lacking = among.union([s.name for s in sites if s.name not in found])  # processes may have caches of their own
     missing = [s for s in sites if s.name in lacking]
+
+    def unfinished(some: Sequence[Site]) -> Workspace:
+        return Workspace(_root(cache), {**inputs, **share, "sites": [s.name for s in some]}, fresh=fresh)
+
+    def clear() -> None:
+        for some in (sites, *([site] for site in sites)):
+            unfinished(some).remove()
+
     if not missing:
-        partial.remove()  # a run that was killed behind the last of them has left it
+        clear()  # a run that was killed behind the last of them has left it
         console.info(f"second moments: {len(sites)} from the cache, {sum(map(len, windows_of_text)):,} tokens each")
         return found
-    for name, moment in _measure(lm, missing, windows_of_text, partial, console, among):
-        if not torch.isfinite(moment).all():
-            partial.remove()
-            raise NumericalError(f"{lm.name}: the second moment of {name} is not finite; nothing more was kept.")
-        kept = among.local_rank == 0 and stores[name].folder is not None
-        if kept:
-            stores[name].put("moment", {"moment": moment})
-        found[name] = SiteMoment(widths[name], stores[name], None if kept else moment)
-    partial.remove()
+    # the sums of all layers in one pass, or those of one layer at a time
+    passes = [([s], unfinished([s])) for s in missing] if lm.offload else [(missing, unfinished(sites))]
+    for some, partial in passes:
+        for name, moment in _measure(lm, some, windows_of_text, partial, console, among):
+            if not torch.isfinite(moment).all():
+                partial.remove()
+                raise NumericalError(f"{lm.name}: the second moment of {name} is not finite; nothing more was kept.")
+            kept = among.local_rank == 0 and stores[name].folder is not None
+            if kept:
+                stores[name].put("moment", {"moment": moment})
+            found[name] = SiteMoment(widths[name], stores[name], None if kept or lm.offload else moment)
+            del moment  # or it would be there while the next one is made
+    clear()
+    if lm.offload:
+        among.each(lambda: None)  # the first of each machine has kept them now
     return {s.name: found[s.name] for s in sites}
 
 
@@ -184,18 +199,16 @@ def _measure(
                 saved = time.monotonic()
                 writing = saved - began
     for site in sites:
-        whole = _of_all(lm, site, sums, among)
-        sums.pop(site.name, None)
-        yield site.name, whole.mean().float().cpu()
+        yield site.name, _of_all(lm, site, sums.pop(site.name, None), among)
 
 
-def _of_all(lm: LM, site: Site, sums: dict[str, SecondMoment], among: Processes) -> SecondMoment:
-    """The sum over all processes, each of which may have had nothing to add."""
+def _of_all(lm: LM, site: Site, own: SecondMoment | None, among: Processes) -> Tensor:
+    """``C`` of what all processes have seen, each of which may have had nothing to add; float32 on the CPU."""
     device = device_of(lm.layout.module(lm.model, site.name))
-    whole = sums.get(site.name, SecondMoment(shape(lm.model, site.name)[1], device))
+    whole = own or SecondMoment(shape(lm.model, site.name)[1], device)
     whole.total = among.add(whole.total.to(device))
     whole.count = int(among.add(torch.tensor(whole.count, device=device)))
-    return whole
+    return whole.mean(torch.float32).cpu()
 
 
 def _batches(pieces: Sequence[list[int]]) -> list[list[list[int]]]:

@@ -117,7 +117,7 @@ def refine(
     right = {name: pair[1].to(lm.device) for name, pair in factors.items()}
     optimiser = ColumnAdam(left, {name: unit.to(lm.device) for name, unit in units.items()})
     draw = _Draw(goals, hp, seed)
-    gradient = Gradient(left, hp.batch_tokens, warn)
+    gradient = Gradient(left, hp.tokens_at_once, warn)
     head = Head(lm)
     retain, generic = (
         Keep(head, [row for pool in goals.retain for row in pool], gradient),

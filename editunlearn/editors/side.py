@@ -178,7 +178,7 @@ class Trainer:
         """NLL of the targets, mean over tokens and then some rows; arguments and errors as for :meth:`margins`."""
         found = 0.0
         with torch.set_grad_enabled(grad):
-            for part in by_length([len(self.rows[i].ids) for i in own], self.hp.batch_tokens):
+            for part in by_length([len(self.rows[i].ids) for i in own], self.hp.tokens_at_once):
                 nll = self._nll(update, tuple(self.rows[own[i]] for i in part)) * (len(part) / len(own))
                 if grad:
                     nll.backward()  # type: ignore[no-untyped-call]

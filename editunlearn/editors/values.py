@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from editunlearn.editors.value_batch import Together, Way, tokens_of
 from editunlearn.editors.value_types import Problem, Replacing, Store, Values
+from editunlearn.hparams.pieces import BATCH_TOKENS
 from editunlearn.lm.batching import by_length, halving
 from editunlearn.lm.head import Head
 from editunlearn.lm.resume import Tail, Upper, resumable
@@ -28,7 +29,7 @@ def optimise(
     hparams: OneValue,
     *,
     replacing: Replacing | None = None,
-    tokens: int = 2048,
+    tokens: int = BATCH_TOKENS,
     store: Store | None = None,
     progress: Callable[[int], None] = lambda _: None,
     warn: Callable[[str], None] = lambda _: None,

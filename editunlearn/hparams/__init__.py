@@ -64,6 +64,7 @@ __all__ = [
     "Valued",
     "Whole",
     "Described",
+    "as_settled",
     "describe",
     "load_hparams",
     "resolved",
@@ -114,6 +115,18 @@ def load_hparams(
 def resolved(hp: BaseModel) -> dict[str, Any]:
     """All settings with their values, plain and JSON-able; ``load_hparams`` reads it back."""
     return hp.model_dump(mode="json")
+
+
+def as_settled(asked: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings with the numbers that a run found for ``batch_tokens: auto``, so that the two can be compared."""
+    made = dict(asked)
+    for key, value in asked.items():
+        there = settled.get(key)
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            made[key] = as_settled(value, there)
+        elif key == "batch_tokens" and value == "auto" and there is not None:
+            made[key] = there
+    return made
 
 
 def describe(hp: MethodHParams) -> list[Described]:

@@ -65,6 +65,7 @@ Spellings = Annotated[
     list[Literal["lower", "upper", "hyphens", "quotes"]],
     Field(json_schema_extra={"allowed": "a list of lower, upper, hyphens and quotes, or an empty one"}),
 ]
+BatchTokens = Annotated[Literal["auto"] | int, _count("batch_tokens"), _COUNT]
 Tokens = Annotated[Literal["auto"] | int, _count("moments.tokens"), _COUNT]
 Layers = Annotated[
     Literal["auto", "located"] | list[int | float],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from editunlearn.hparams import pieces
-from editunlearn.hparams.fields import Layers, Piece, Spellings, Whole
+from editunlearn.hparams.fields import BatchTokens, Layers, Piece, Spellings, Whole
 from editunlearn.hparams.training import PASSAGE, BlockTrain, Stop, Train
 
 if TYPE_CHECKING:
@@ -26,13 +26,18 @@ class MethodHParams(Piece):
         "as many neighbours, where `editunlearn locate` found the largest effects in these very weights.",
     )
     seed: Whole = Field(default=0, ge=0, description="Seed of every random choice that has none of its own.")
-    batch_tokens: Whole = Field(
-        default=2048, ge=1, description="Tokens of facts optimised at a time; changes memory, not results."
+    batch_tokens: BatchTokens = Field(
+        default="auto", description=pieces.batches(pieces.BATCH_TOKENS, "of facts optimised")
     )
     limits: pieces.Limits = Field(
         default_factory=pieces.Limits, description="What stops a run before it ruins the model."
     )
     paper: str | None = Field(default=None, description="Where the method comes from; goes to the model card.")
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Padded tokens of one batch; the usual number where ``auto`` was not settled for a model."""
+        return pieces.BATCH_TOKENS if self.batch_tokens == "auto" else self.batch_tokens
 
 
 class InContextHParams(MethodHParams):

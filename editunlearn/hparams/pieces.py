@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from editunlearn.hparams.fields import Piece, Prompts, Real, Steps, Strength, Tokens, Whole
+from editunlearn.hparams.fields import BatchTokens, Piece, Prompts, Real, Steps, Strength, Tokens, Whole
+
+BATCH_TOKENS, REFINE_BATCH_TOKENS = 2048, 1024
+"""Tokens of a batch when they are ``auto`` on a CPU with room for them."""
+
+
+def batches(usual: int, what: str) -> str:
+    """Description of a number of tokens that may be ``auto``."""
+    return (
+        f"Tokens {what} at a time; changes memory, not results. auto: {usual:,} on a CPU, less where memory is short; "
+        "on a GPU as many as fit."
+    )
 
 
 class ContextPrefixes(Piece):
@@ -193,9 +204,12 @@ class Refine(Piece):
     )
     text_batch: Whole = Field(default=1, ge=1, description="Sequences of generic text per step.")
     text_length: Whole = Field(default=128, ge=2, description="Length of those sequences in tokens.")
-    batch_tokens: Whole = Field(
-        default=1024, ge=1, description="Tokens in memory at a time; changes memory, not results."
-    )
+    batch_tokens: BatchTokens = Field(default="auto", description=batches(REFINE_BATCH_TOKENS, "in memory"))
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Padded tokens of one batch; the usual number where ``auto`` was not settled for a model."""
+        return REFINE_BATCH_TOKENS if self.batch_tokens == "auto" else self.batch_tokens
 
     def planned(self, facts: int, targets: int = 1) -> int:
         """Updates for that many facts to forget, which have so many different targets."""

@@ -69,6 +69,7 @@ class LM:
         device_reason: the same for the device.
         chat: how it is spoken to, when it has a chat template.
         among: the processes that hold the same model and share the work on it.
+        offload: as little as can be is in memory beside the model: statistics of one layer at a time, small batches.
     """
 
     model: PreTrainedModel
@@ -81,6 +82,7 @@ class LM:
     device_reason: str = field(default="")
     chat: Chat = field(default_factory=Chat)
     among: Processes = field(default_factory=Processes)
+    offload: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -182,6 +184,7 @@ def load(
     cache_dir: str | Path | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     chat: Chat | None = None,
+    offload: bool = False,
 ) -> LM:
     """Load a model for editing, in eval mode.
 
@@ -196,6 +199,8 @@ def load(
             the Hugging Face cache.
         tokenizer: another tokenizer: a hub id, a folder, or the object.
         chat: system prompt and arguments of the chat template, or to leave it out.
+        offload: take time rather than memory when it is edited (:class:`LM`). Where its own weights are is up to
+            ``device_map``.
 
     Raises:
         InputError: before any weight is read: name, dtype, device, tokenizer or architecture will not do.
@@ -203,7 +208,7 @@ def load(
         UnsupportedError: an architecture without an MLP output projection to edit.
     """
     source = resolve_source(name)
-    wanted, device = asked_dtype(dtype), _device(device_map)
+    wanted, device = asked_dtype(dtype), asked_device(device_map)
     config = peek_config(name, revision, source=source)
     check_config(config)
     if config.model_type not in known_types():
@@ -236,13 +241,14 @@ def load(
         dtype_reason=_dtype_reason(source, wanted, model.dtype),
         device_reason=_device_reason(device_map, model),
         chat=chat,
+        offload=offload,
     )
 
 
 def check_options(dtype: str, device_map: str | None) -> None:
     """Raise InputError for a dtype or a device that ``load`` would refuse; lists both."""
     problems: list[str] = []
-    for check in (lambda: asked_dtype(dtype), lambda: _device(device_map)):
+    for check in (lambda: asked_dtype(dtype), lambda: asked_device(device_map)):
         try:
             check()
         except InputError as error:
@@ -285,7 +291,7 @@ def _dtype_reason(source: Source, wanted: torch.dtype | None, got: torch.dtype) 
     return "GGUF weights are decoded to it" if source.kind == "gguf" else "the checkpoint's own"
 
 
-def _device(device_map: str | dict[str, Any] | None) -> torch.device | None:
+def asked_device(device_map: str | dict[str, Any] | None) -> torch.device | None:
     """The one device to put the model on; None when transformers is to spread it."""
     if device_map is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -45,15 +45,22 @@ class SecondMoment:
                 self.total.narrow(0, start, end - start).narrow(1, 0, end).add_(_product(left, right))
         self.count += rows.shape[0]
 
-    def mean(self) -> Tensor:
-        """``C`` (d, d) float64, symmetric.
+    def mean(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """``C`` (d, d), symmetric; beside the sum and itself it takes the memory of a few rows.
 
         Raises:
             ValueError: nothing was added.
         """
         if self.count == 0:
             raise ValueError("a second moment of no rows")
-        return (self.total.tril() + self.total.tril(-1).T) / self.count
+        whole = torch.zeros_like(self.total, dtype=dtype)
+        for start in range(0, len(whole), BLOCK):
+            size = min(BLOCK, len(whole) - start)
+            end = start + size
+            rows = (self.total.narrow(0, start, size).narrow(1, 0, end) / self.count).to(dtype).tril(start)
+            whole.narrow(0, start, size).narrow(1, 0, end).add_(rows)
+            whole.narrow(1, start, size).narrow(0, 0, end).add_(rows.tril(start - 1).T)
+        return whole
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

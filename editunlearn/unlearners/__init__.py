@@ -96,5 +96,7 @@ def fit(
     from editunlearn.unlearners import flow
     from editunlearn.workspace import Workspace
 
+    work, console = work or Workspace(None, {}), console or Console(quiet=True)
+    hp = flow.settled(lm, hp, work, console)
     about = what_was_asked(request, hp, target_strategy, store_facts=store_facts)
-    return flow.run(lm, request, hp, work or Workspace(None, {}), console or Console(quiet=True), about)
+    return flow.run(lm, request, hp, work, console, about)

@@ -11,7 +11,9 @@ from editunlearn.deltas.dense import make_dense
 from editunlearn.deltas.files import save
 from editunlearn.deltas.lowrank import Dense, Factors
 from editunlearn.errors import NumericalError
-from editunlearn.unlearners import parameters, probe
+from editunlearn.lm import room
+from editunlearn.lm.weights import shape
+from editunlearn.unlearners import cost, parameters, probe
 from editunlearn.unlearners.passes import Passes
 from editunlearn.unlearners.training import Diverged, Training
 
@@ -27,6 +29,19 @@ if TYPE_CHECKING:
 
 LAST_GOOD = "last_good"
 """Folder in a workspace with the delta of a training that diverged, as it was before that."""
+
+
+def settled(lm: LM, hp: UnlearnerHParams, work: Workspace, console: Console) -> UnlearnerHParams:
+    """``hp`` with a number in place of ``batch_tokens: auto``: what is trained has its own memory beside the batches.
+
+    Raises:
+        InputError: blocks or modules that the model does not have.
+    """
+    names, _ = parameters.trained_modules(lm.model, lm.layout, hp)
+    held = cost.nbytes(hp, [shape(lm.model, name) for name in names], lm.dtype.itemsize)
+    layers = [lm.layout.layer_of(name) for name in names]
+    weights = () if hp.train.what == "lora" else names
+    return room.settled(lm, hp, layers, work, console, trained=weights, held=held)
 
 
 def run(
@@ -51,7 +66,7 @@ def run(
     trained = parameters.of(lm, [n for n in names if where is None or n in where], hp.train, hp.seed)
     probe.begin(lm, trained, pools, hp, where, console)
     masks = where if where is not None and isinstance(trained, Changes) else {}
-    passes = Passes(lm, trained, pools, hp.batch_tokens)
+    passes = Passes(lm, trained, pools, hp.tokens_at_once)
     training = Training(passes, trained, objective.terms, hp, work, console, masks)
     try:
         training.run()

@@ -67,8 +67,8 @@ def _some(pool: Pool, hp: LocalisedHParams | LoKU) -> Pool:
 def _gradient(lm: LM, probe: Changes, pool: Pool, hp: LocalisedHParams, console: Console) -> Gradients:
     if isinstance(hp, MemFlex):
         pool = disturbed(lm, pool, hp.copies, hp.seed)
-    passes = Passes(lm, probe, {"rows": pool}, hp.batch_tokens)
-    return gradients(passes, probe, "rows", lambda view: losses.nll(view.now), hp.batch_tokens, console.warn)
+    passes = Passes(lm, probe, {"rows": pool}, hp.tokens_at_once)
+    return gradients(passes, probe, "rows", lambda view: losses.nll(view.now), hp.tokens_at_once, console.warn)
 
 
 def disturbed(lm: LM, pool: Pool, copies: int, seed: int) -> Pool:
@@ -117,12 +117,15 @@ def begin(
 
 def fisher(lm: LM, probe: Changes, pool: Pool, hp: UnlearnerHParams) -> Gradients:
     """Squared gradient of each row's mean loss, averaged over rows by their scored tokens."""
-    passes = Passes(lm, probe, {"rows": pool}, hp.batch_tokens)
+    size = hp.tokens_at_once
+    passes = Passes(lm, probe, {"rows": pool}, size)
     total = {name: torch.zeros_like(value) for name, value in probe.values.items()}
     tokens = 0
     for number, row in enumerate(pool.rows):
         scored = len(row.ids) - row.prompt_length
-        found = gradients(passes, probe, "rows", lambda v: losses.nll(v.now), hp.batch_tokens, lambda _: None, [number])
+        found = gradients(
+            passes, probe, "rows", lambda v: losses.nll(v.now), hp.tokens_at_once, lambda _: None, [number]
+        )
         for name, gradient in found.items():
             total[name] += scored * gradient.square()
         tokens += scored

@@ -214,7 +214,7 @@ class Training:
         """Call ``run`` with the places of the items of one batch after the other."""
         rows = self._at(term, numbers)
         lengths = [sum(len(of_pool[i].ids) for of_pool in rows) for i in range(len(numbers[0]))]
-        halving(by_length(lengths, self.hp.batch_tokens), run, self.console.warn)
+        halving(by_length(lengths, self.hp.tokens_at_once), run, self.console.warn)
 
     def _clip(self, step: int) -> None:
         gradients = [value.grad for value in self.trained.values.values() if value.grad is not None]
@@ -280,7 +280,7 @@ class Training:
             now = self.passes.view("forget", part).now
             found.append((-now.sum(now.nll)).exp())
 
-        halving(by_length([len(row.ids) for row in rows], self.hp.batch_tokens), run, self.console.warn)
+        halving(by_length([len(row.ids) for row in rows], self.hp.tokens_at_once), run, self.console.warn)
         return float(torch.cat(found).mean())
 
     # --- interruptions
