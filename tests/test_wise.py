@@ -33,7 +33,10 @@ from editunlearn.workspace import Workspace
 def test_activation_and_margin_by_hand() -> None:
     update = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     inputs = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 3.0]])  # of the first, the second and again the first
-    assert activation(inputs, update, torch.tensor([0, 1, 0]), 3).tolist() == pytest.approx([2.5, 52**0.5, 0.0])
+    owner = torch.tensor([0, 1, 0])
+    assert activation(inputs, update, owner, 3).tolist() == pytest.approx([2.5, 52**0.5, 0.0])
+    assert activation(inputs, update, owner, 3, 1).tolist() == pytest.approx([3.0, 52**0.5, 0.0])
+    assert activation(inputs, update, owner, 3, 2).tolist() == activation(inputs, update, owner, 3).tolist()
     inside, outside = torch.tensor([1.0, 4.0]), torch.tensor([0.5, 2.5, 0.0])
     # above 3: 1 misses by 2; below 1: 2.5 by 1.5; 1 apart: 1 from 0.5 by 0.5, 1 from 2.5 by 2.5
     assert float(margin(inside, outside, 1.0, 3.0, 1.0)) == pytest.approx(2 + 1.5 + (0.5 + 2.5) / 2)
@@ -70,10 +73,11 @@ def test_no_active_sequence_is_left_out() -> None:
     draw = torch.Generator().manual_seed(0)
     inputs, update = torch.randn(600, 64, generator=draw), torch.randn(48, 64, generator=draw)
     owner = torch.arange(60).repeat_interleave(10)
-    exact = activation(inputs, update, owner, 60)
-    for level in (float(exact.median()), float(exact.max())):
-        found = near(inputs.bfloat16(), update, owner, 60, level)
-        assert found[exact >= level].all() and not found[exact < 0.95 * level].any()
+    for most in (torch.inf, 4):
+        exact = activation(inputs, update, owner, 60, most)
+        for level in (float(exact.median()), float(exact.max())):
+            found = near(inputs.bfloat16(), update, owner, 60, level, most)
+            assert found[exact >= level].all() and not found[exact < 0.95 * level].any()
     assert near(inputs, update, owner, 60, 0.0).all()
 
 
@@ -89,9 +93,9 @@ def _trainer(lm: Any, *set_: str, forget: tuple[int, ...] = (0, 1), texts: int =
     return side.Trainer(stage)
 
 
-@pytest.mark.parametrize("tokens", [2048, 1])
+@pytest.mark.parametrize(("tokens", "most"), [(2048, None), (1, None), (2048, 3)])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma2"])
-def test_loss_and_step_are_the_papers(kind: str, tokens: int) -> None:
+def test_loss_and_step_are_the_papers(kind: str, tokens: int, most: int | None) -> None:
     """Defects: labels placed by the length of the padded row; a bias and a transposed weight lost on the way."""
     lm = tiny.lm(kind)
     bias = getattr(lm.layout.module(lm.model, lm.layout.site(1).name), "bias", None)
@@ -102,7 +106,7 @@ def test_loss_and_step_are_the_papers(kind: str, tokens: int) -> None:
     step = ["side={steps: 1, lr: 0.5, scale: absolute, clamp: 0.03, mask: 0.3, share: 1}"]
     for parameter in lm.model.parameters():
         parameter.requires_grad_(False)
-    trainer = _trainer(lm, *absolute, *step)
+    trainer = _trainer(lm, *absolute, *step, f"routing.tokens={'null' if most is None else most}")
     assert len({len(r.ids) for r in trainer.rows}) > 2
     assert max(r.prompt_length for r in trainer.stage.keep) > min(r.prompt_length for r in trainer.rows)
     draw = torch.Generator().manual_seed(3)
@@ -110,7 +114,7 @@ def test_loss_and_step_are_the_papers(kind: str, tokens: int) -> None:
     edits = [(r.ids, r.prompt_length) for r in trainer.rows]
     keep = [r.ids for r in trainer.stage.keep]
     literal = reference_memory.WiseModel(lm, trainer.stage.site.name, update)
-    wanted = reference_memory.wise_loss(literal, edits, keep, (0.2, 1.5, 0.7), 2.0)
+    wanted = reference_memory.wise_loss(literal, edits, keep, (0.2, 1.5, 0.7), 2.0, most)
     ours = update.clone().requires_grad_(True)
     assert trainer.loss(ours, trainer.of([0, 1]), grad=True) == pytest.approx(float(wanted.detach()), rel=1e-5)
     (grad,) = torch.autograd.grad(wanted, literal.update)
@@ -216,13 +220,19 @@ def test_what_it_computes_is_the_reference(kind: str) -> None:
     updates = 0.1 * torch.randn(3, *shape, generator=draw)
     rows = [encode(lm, contexts.prompt_of(lm, fact(i)), TAUGHT[i][2], "prompt_last") for i in range(6)]
     models = [reference_memory.WiseModel(lm, name, update) for update in updates]
-    active = [[float(model.activation(row.ids[: row.prompt_length]).detach()) for model in models] for row in rows]
+    reads = (None, 2, 3)
+    active = [
+        [float(m.activation(row.ids[: row.prompt_length], k).detach()) for m, k in zip(models, reads, strict=True)]
+        for row in rows
+    ]
     high = torch.tensor(active).sort(0, descending=True).values
     thresholds = (high[1] + high[2]) / 2  # two rows wake each
     delta = editors.fit(lm, request(), settings("wise", "", "side.steps=1", "shards.size=1"))
     assert isinstance(delta, MemoryDelta)
     none = torch.zeros(0, shape[1]), torch.zeros(0)
-    memory = MemoryDelta({name: SideMemory(updates, thresholds, *none)}, delta.manifest)
+    memory = MemoryDelta(
+        {name: SideMemory(updates, thresholds, torch.tensor([torch.inf, 2.0, 3.0]), *none)}, delta.manifest
+    )
     wanted, chosen = [], []
     for row, own in zip(rows, active, strict=True):
         number = reference_memory.wise_route(own, thresholds.tolist())

@@ -22,6 +22,7 @@ class SideMemory:
     Attributes:
         updates: (n, d_out, d_in) float32.
         thresholds: (n,) float32, how active an update must be.
+        reads: (n,) float32, of how many tokens of the prompt, those that it does most to; infinite: of all of them.
         marks: (m, d_in) float32, mean inputs of the facts' prompts.
         owners: (m,) float32, number of the memory of each fact; -1 once it was taken out, and read no more.
 
@@ -31,16 +32,17 @@ class SideMemory:
 
     updates: Tensor
     thresholds: Tensor
+    reads: Tensor
     marks: Tensor
     owners: Tensor
 
     KIND: ClassVar[Literal["side"]] = "side"
-    PARTS: ClassVar[tuple[str, ...]] = ("updates", "thresholds", "marks", "owners")
+    PARTS: ClassVar[tuple[str, ...]] = ("updates", "thresholds", "reads", "marks", "owners")
 
     def __post_init__(self) -> None:
-        if self.updates.ndim != 3 or self.thresholds.shape != (len(self.updates),):
-            shapes = tuple(self.updates.shape), tuple(self.thresholds.shape)
-            raise ValueError(f"updates and thresholds of side memories have shapes {shapes[0]} and {shapes[1]}")
+        if self.updates.ndim != 3 or any(x.shape != (len(self.updates),) for x in (self.thresholds, self.reads)):
+            found = ", ".join(str(tuple(x.shape)) for x in (self.updates, self.thresholds, self.reads))
+            raise ValueError(f"updates, thresholds and reads of side memories have shapes {found}")
         if self.marks.shape != (len(self.owners), self.updates.shape[2]):
             shapes = tuple(self.marks.shape), tuple(self.owners.shape)
             raise ValueError(f"marks and owners of side memories have shapes {shapes[0]} and {shapes[1]}")
@@ -91,12 +93,12 @@ class SideMemory:
         owners = torch.full_like(self.owners, -1.0)
         for new, (old, own) in enumerate(zip(entries, stay, strict=True)):
             owners[(self.owners == old).nonzero()[:, 0][own]] = new
-        return SideMemory(self.updates[index], self.thresholds[index], self.marks, owners)
+        return SideMemory(self.updates[index], self.thresholds[index], self.reads[index], self.marks, owners)
 
     def awake(self) -> SideMemory:
         """The same, woken by every prompt: what it costs at most."""
         owners = self.owners.clamp(min=0)
-        return SideMemory(self.updates, torch.zeros_like(self.thresholds), self.marks, owners)
+        return SideMemory(self.updates, torch.zeros_like(self.thresholds), self.reads, self.marks, owners)
 
     def joined(self, other: SideMemory) -> SideMemory:
         """Both archives in one."""
@@ -113,7 +115,10 @@ class SideMemory:
             if not piece.decoding:
                 prompt = piece.prompt.to(wide.device)
                 own, owner = wide[prompt], prompt.nonzero()[:, 0]
-                active = [activation(own, update, owner, len(prompt)) for update in self.updates]
+                active = [
+                    activation(own, update, owner, len(prompt), most)
+                    for update, most in zip(self.updates, self.reads.tolist(), strict=True)
+                ]
                 chosen = route(torch.stack(active, 1), self.thresholds)
                 out = spared(middles(own, owner, len(prompt)), self.marks, self.owners)
                 piece.kept[name] = torch.where(out, -1, chosen)

@@ -39,24 +39,26 @@ class Seen:
         owner: (tokens,) number of the row that each belongs to.
         count: rows.
         norm: mean norm of the map's outputs there.
+        most: tokens of each row that count.
     """
 
     inputs: Tensor
     owner: Tensor
     count: int
     norm: float
+    most: float
 
     def activation(self, update: Tensor, rows: Tensor | None = None) -> Tensor:
         """Of the prompts, or in their order of those marked in ``rows`` (rows,) bool; float32."""
         if rows is None:
-            return activation(self.inputs.float(), update, self.owner, self.count)
+            return activation(self.inputs.float(), update, self.owner, self.count, self.most)
         tokens = rows[self.owner]
         owner = (rows.cumsum(0) - 1)[self.owner[tokens]]
-        return activation(self.inputs[tokens].float(), update, owner, int(rows.sum()))
+        return activation(self.inputs[tokens].float(), update, owner, int(rows.sum()), self.most)
 
     def near(self, update: Tensor, level: float) -> Tensor:
         """Which prompts may have an activation of ``level`` or more, (rows,) bool."""
-        return near(self.inputs, update, self.owner, self.count, level)
+        return near(self.inputs, update, self.owner, self.count, level, self.most)
 
 
 class Trainer:
@@ -121,7 +123,7 @@ class Trainer:
         halving(by_length(lengths), run, self.stage.console.warn)
         owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(self.lm.device)
         together = torch.cat([inputs[i] for i in range(len(rows))])
-        return Seen(together, owner, len(rows), float(torch.cat(norms).mean()))
+        return Seen(together, owner, len(rows), float(torch.cat(norms).mean()), self.hp.routing.most)
 
     def of(self, facts: Sequence[int], step: int | None = None) -> list[int]:
         """Numbers of the rows of some facts, ascending: all of them, or those that a step is made with."""
@@ -270,7 +272,8 @@ def fit(stage: Stage[HParams]) -> Fitted:
     order = [(fact, number) for number, facts in enumerate(served) for fact in facts]
     marks = trainer.marks()[[fact for fact, _ in order]].cpu()
     owners = torch.tensor([float(number) for _, number in order])
-    return Fitted(SideMemory(torch.stack(memories).cpu(), torch.tensor(levels), marks, owners), entries)
+    reads = torch.full((len(memories),), stage.hp.routing.most)
+    return Fitted(SideMemory(torch.stack(memories).cpu(), torch.tensor(levels), reads, marks, owners), entries)
 
 
 def _trained(trainer: Trainer, shard: Sequence[int], number: int, progress: Callable[[int], None]) -> Tensor:

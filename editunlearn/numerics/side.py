@@ -11,7 +11,7 @@ from torch import Tensor
 from editunlearn.numerics.losses import mean_by
 
 
-def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int) -> Tensor:
+def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int, most: float = torch.inf) -> Tensor:
     """How much an update does to each sequence (routing activation), (count,): mean over its tokens of ``norm(U x)``.
 
     Args:
@@ -19,8 +19,27 @@ def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int) -> Ten
         update: (d_out, d_in).
         owner: (tokens,) number of the sequence that each belongs to.
         count: sequences.
+        most: so many tokens of each, those that the update does most to; the paper's is the mean over all.
     """
-    return mean_by(torch.linalg.vector_norm(inputs @ update.T, dim=-1), owner, count)  # its gradient at zero is zero
+    norms = torch.linalg.vector_norm(inputs @ update.T, dim=-1)  # its gradient at zero is zero
+    return mean_of_largest(norms, owner, count, most)
+
+
+def mean_of_largest(values: Tensor, owner: Tensor, count: int, most: float) -> Tensor:
+    """Mean of the ``most`` largest values of each sequence, (count,); 0 of one that has none.
+
+    Args:
+        values: (tokens,) of all sequences.
+        owner, count: as for :func:`activation`.
+    """
+    if most != torch.inf:
+        order = values.detach().argsort(descending=True)
+        order = order[owner[order].argsort(stable=True)]  # sequence after sequence, in each the largest first
+        each = owner.bincount(minlength=count)
+        rank = torch.arange(len(order), device=order.device) - (each.cumsum(0) - each)[owner[order]]
+        kept = order[rank < most]
+        values, owner = values[kept], owner[kept]
+    return mean_by(values, owner, count)
 
 
 def route(activations: Tensor, thresholds: Tensor) -> Tensor:

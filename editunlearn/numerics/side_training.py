@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from editunlearn.numerics.losses import mean_by
 from editunlearn.numerics.moments import fast_bfloat16
+from editunlearn.numerics.side import mean_of_largest
 
 Merge = Literal["ties", "magnitude", "linear"]
 
@@ -18,7 +18,7 @@ SLACK = 0.02
 
 
 @torch.no_grad()
-def near(inputs: Tensor, update: Tensor, owner: Tensor, count: int, level: float) -> Tensor:
+def near(inputs: Tensor, update: Tensor, owner: Tensor, count: int, level: float, most: float = torch.inf) -> Tensor:
     """Which sequences may have an activation of ``level`` or more, (count,) bool; in bfloat16 where that is fast.
 
     Only such prompts to keep have a gradient, and once an update has been trained for a few steps they are few.
@@ -27,7 +27,7 @@ def near(inputs: Tensor, update: Tensor, owner: Tensor, count: int, level: float
         return torch.ones(count, dtype=torch.bool, device=inputs.device)
     low = torch.bfloat16 if fast_bfloat16(inputs.device) else torch.float32
     found = torch.linalg.vector_norm(inputs.to(low) @ update.to(low).T, dim=-1, dtype=torch.float32)
-    return mean_by(found, owner, count) >= (1 - SLACK) * level
+    return mean_of_largest(found, owner, count, most) >= (1 - SLACK) * level
 
 
 def margin(inside: Tensor, outside: Tensor, low: float, high: float, gap: float) -> Tensor:
