@@ -43,7 +43,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     "wise": {
         "layers": [1],
         "context_prefixes": {"count": 2, "tokens": 5},
-        "side": {"steps": 40, "lr": 0.2, "mask": 0.8},
+        "side": {"steps": 60, "lr": 0.2, "mask": 0.8},
         "shards": {"size": 2, "per_memory": 1},
         "keep": 60,
     },
