@@ -186,7 +186,7 @@ def started(launcher: list[dict[str, str]], cwd: Path, *words: str) -> list[subp
 
 def ended(working: list[subprocess.Popen[str]]) -> list[Called]:
     """What they did, when all have ended."""
-    said = [process.communicate(timeout=300) for process in working]
+    said = [process.communicate(timeout=1200) for process in working]
     return [Called(process.returncode, *text) for process, text in zip(working, said, strict=True)]
 
 

@@ -299,7 +299,8 @@ def test_refine_holds_what_is_to_stay(text: str, pool: str, number: int) -> None
 
     class Loud(Console):
         def detail(self, message: str, level: int = 1) -> None:
-            seen[-1] = [float(part.split()[-1]) for part in message.split(":")[1].split(",")]
+            if message.startswith("refine "):
+                seen[-1] = [float(part.split()[-1]) for part in message.split(":")[1].split(",")]
 
     for weight in (0, 100):
         seen.append([])
