@@ -49,6 +49,12 @@ def flags() -> argparse.ArgumentParser:
         help="what is measured: quick (the suite facts; default), facts:attacks, or others of evaluate; repeatable",
     )
     group.add_argument(
+        "--reference",
+        type=Path,
+        help="results, by evaluate, of a model that was never trained on the forget set, for the suite that compares "
+        "with one (tofu, muse); shown beside the methods",
+    )
+    group.add_argument(
         "--trials", type=int, default=1, help="settings that each method tries, the same number for all (default: 1)"
     )
     group.add_argument("--seeds", type=int, default=1, help="seeds of what is shown (default: 1)")
@@ -150,7 +156,8 @@ def _queue(args: argparse.Namespace, made: Plan, among: Processes, console: Cons
     }
     model = Path(lm.name).name if Path(lm.name).is_absolute() else lm.name
     about = {**inputs, "model": model, "environment": versions, "taught": content_hash([])}
-    asking = Asking(lm, halves, made.suites, made.facts_suite, about, console)
+    asking = Asking(lm, halves, made.suites, made.facts_suite, about, console, made.references)
+    asking.check_references()
     inner = console if args.verbose else Console(quiet=True, silent=not among.first)
     asking.console = inner
     return Queue(

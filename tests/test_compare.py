@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import benchmark_data
 import pytest
 from edits import Killed
 from runs import FACTS, RETAIN, Called, World, build, call, listing, write_lines
@@ -128,6 +129,29 @@ def test_over_budget_is_a_failure_and_can_be_retried(world: World, tmp_path: Pat
     assert called.code == 0 and "over the budget of 1e+03 floating-point operations" in called.out
     assert not list((tmp_path / "b").rglob("delta.json"))
     assert "failed" in call("compare", *words, "--retry").out
+
+
+def test_methods_beside_a_model_that_never_knew(world: World, tmp_path: Path) -> None:
+    """Forget quality needs one; that of a model against itself is 1."""
+    benchmark_data.write(tmp_path / "data")
+    suite = ["--suite", "tofu:forget01", "--data-root", str(tmp_path / "data")]
+    gold = ["evaluate", "--model", str(world.model), "--cache-dir", str(world.cache), "--out", str(tmp_path / "gold")]
+    for limit, place in (([], "gold"), (["--limit", "1"], "less")):
+        assert call(*gold[:-1], str(tmp_path / place), *suite, *limit).code == 0
+    words = flags(world, tmp_path / "c", *suite, methods="grin")
+    other = call("compare", *words, "--reference", str(tmp_path / "less" / "base" / "tofu-forget01"))
+    assert other.code == 2 and "--reference: made on other data than this run" in other.err
+    reference = ["--reference", str(tmp_path / "gold" / "base" / "tofu-forget01")]
+    unasked = call("compare", *flags(world, tmp_path / "d", methods="grin"), *reference)
+    assert unasked.code == 2 and "results of the suite tofu:forget01, which is not asked for" in unasked.err
+    called = call("compare", *words, *reference, "--fresh")
+    assert called.code == 0, called.err
+    table = (tmp_path / "c" / "comparison.md").read_text().partition("## tofu:forget01, chosen trials")[2]
+    lines = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines() if " | " in line)
+    assert lines["metric"].split(" | ")[0] == "base" and lines["metric"].split(" | ")[-1] == "reference"
+    quality, utility = (lines[name].split(" | ") for name in ("forget_quality", "model_utility"))
+    assert quality[0] == "1.000" and quality[-1] == "-" and utility[0] == utility[-1]
+    assert call("compare", *words).code == 2  # without the reference it is another comparison
 
 
 def test_dry_run(world: World, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editunlearn.evaluation import results
-from editunlearn.evaluation.running import Run
+from editunlearn.evaluation.running import Run, asked
 from editunlearn.evaluation.states import slug
 from editunlearn.evaluation.suites import Module, Part, is_facts
 from editunlearn.evaluation.suites.facts import Request
@@ -18,6 +18,7 @@ from editunlearn.evaluation.treatments import halves
 if TYPE_CHECKING:
     from editunlearn.console import Console
     from editunlearn.deltas.kinds import Delta
+    from editunlearn.evaluation.reference import Other
     from editunlearn.facts.records import Fact
     from editunlearn.lm.loading import LM
 
@@ -62,6 +63,7 @@ class Asking:
         halves: from :func:`requests`.
         suites: by name, other benchmarks that are asked for the test: their file and data.
         about: what every results file says of the comparison.
+        references: by suite, results of a model that never knew.
     """
 
     lm: LM
@@ -70,7 +72,14 @@ class Asking:
     facts_suite: tuple[str, Module]
     about: Mapping[str, Any]
     console: Console
+    references: Mapping[str, Other] = field(default_factory=dict)
     _parts: dict[str, list[Part]] = field(default_factory=dict)
+
+    def check_references(self) -> None:
+        """Raise InputError where a reference was asked something else than the methods will be."""
+        for name, other in self.references.items():
+            self._ready(name)
+            results.check_alike(asked(self._parts[name]), other.measured, "--reference")
 
     def ask(self, which: str, folder: Path, label: str, delta: Delta | None) -> dict[str, Any]:
         """The summary of the suite facts on a half; for the test, all other suites are measured too.
@@ -94,9 +103,9 @@ class Asking:
         return summary
 
     @property
-    def folders(self) -> list[str]:
-        """Names of the folders of the other benchmarks' results."""
-        return [slug(name) for name in self.suites]
+    def folders(self) -> dict[str, str]:
+        """Names of the folders of the other benchmarks' results, by suite."""
+        return {name: slug(name) for name in self.suites}
 
     def _module(self, name: str) -> Module:
         return self.facts_suite[1] if name in self.halves else self.suites[name][0]
@@ -130,7 +139,7 @@ class Asking:
             "key": key_of({**self.about, **depends}),
             "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        return Run(file, about)
+        return Run(file, about, self.references[name].measured if name in self.references else None)
 
 
 def is_quick(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from editunlearn.comparing import views
 from editunlearn.comparing.asking import TEST
 from editunlearn.comparing.queue import Cell
+from editunlearn.evaluation import results
 from editunlearn.evaluation.report import page, plots
 from editunlearn.evaluation.results import Value
 
@@ -122,6 +123,32 @@ def _cost(every: Sequence[Cost]) -> Iterator[str]:
     yield f"{sum(c.delta for c in every) / len(every) / 1e6:.2f} MB"
 
 
+def _shown(queue: Queue, found: Sequence[Runs]) -> dict[str, Path]:
+    """By method the folder of its chosen trial, seed 0."""
+    return {
+        runs.arm.name: queue.folder(Cell(runs.arm, runs.chosen))
+        for runs in found
+        if runs.chosen is not None and (runs.chosen, 0) in runs.test
+    }
+
+
+def benchmarks(queue: Queue, found: Sequence[Runs]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """By suite headings and cells of what another benchmark says: all numbers of its summary, by column the unedited
+    model, the chosen trial of each method (seed 0), and the model that never knew."""
+    made = {}
+    for name, place in queue.asking.folders.items():
+        states = {"base": queue.out / "base", **_shown(queue, found)}
+        summaries = {
+            label: results.load(folder / place / results.FILE)[0]["summary"] for label, folder in states.items()
+        }
+        if name in queue.asking.references:
+            summaries["reference"] = queue.asking.references[name].about["summary"]
+        metrics = dict.fromkeys(metric for summary in summaries.values() for metric in summary)
+        values = {m: [Value((s.get(m) or {}).get("value")) for s in summaries.values()] for m in metrics}
+        made[name] = (["metric", *summaries], [[m, *map(cell, row)] for m, row in values.items()])
+    return made
+
+
 def failures(found: Sequence[Runs]) -> list[list[str]]:
     """Method, run and reason of each run that failed."""
     return [[runs.arm.name, run, reason] for runs in found for run, reason in runs.failed.items()]
@@ -182,13 +209,14 @@ def pareto(found: Sequence[Runs], chosen: Sequence[Row]) -> str | None:
     return plots.pareto(marks)
 
 
-def html(queue: Queue, found: Sequence[Runs], title: str, svg: str | None) -> str:
-    """The report page: the unedited model and the chosen trial of every method (seed 0) side by side, by suite."""
+def html(queue: Queue, found: Sequence[Runs], title: str, svg: str | None, reference: Path | None) -> str:
+    """The report page, by suite: the unedited model, the chosen trial of every method (seed 0), who never knew."""
     from editunlearn.evaluation.report.gathering import gather
 
-    folders = [queue.folder(Cell(runs.arm, runs.chosen)) for runs in found if (runs.chosen, 0) in runs.test]  # type: ignore[arg-type]
+    folders = list(_shown(queue, found).values())
     places: list[Path] = [queue.out / "base" / TEST, *(folder / TEST for folder in folders)]
-    other = [folder / name for name in queue.asking.folders for folder in (queue.out / "base", *folders)]
+    other = [folder / name for name in queue.asking.folders.values() for folder in (queue.out / "base", *folders)]
+    other += [] if reference is None else [reference]
     sections = [page.section(suite, columns) for suite, columns in gather([*places, *other]).items()]
     if svg:
         drawn = {"Forgotten against kept, by method": svg}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from editunlearn.comparing.meter import Budget
     from editunlearn.comparing.sweep import Arm
     from editunlearn.console import Console
+    from editunlearn.evaluation.reference import Other
     from editunlearn.evaluation.suites import Module
     from editunlearn.facts.records import Fact
 
@@ -31,6 +32,7 @@ class Plan:
         facts: with targets. how: those came about.
         suites: other benchmarks, by name. facts_suite: the one that is asked in halves.
         request: what the runs of ``--out`` have in common.
+        references: by suite, results of a model that never knew.
     """
 
     arms: list[Arm]
@@ -41,6 +43,7 @@ class Plan:
     suites: dict[str, tuple[Module, Any]]
     request: dict[str, Any]
     config: Any
+    references: Mapping[str, Other]
 
 
 def plan(args: argparse.Namespace, console: Console) -> Plan:
@@ -51,9 +54,11 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     """
     from editunlearn.comparing import sweep
     from editunlearn.comparing.meter import Budget
+    from editunlearn.evaluation.reference import load_others
     from editunlearn.facts.records import content_hash
     from editunlearn.facts.targets import fill_targets
     from editunlearn.lm.loading import default_cache_dir
+    from editunlearn.workspace import key_of
 
     checks = Checks()
     config = checks.run(lambda: check_model(args))
@@ -75,6 +80,9 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if facts:
         checks.run(lambda: _divisible(args, facts, retain))
     own, others = checks.run(lambda: _suites(args, facts, retain)) or (None, {})
+    references = (
+        checks.run(lambda: load_others(args.reference, list(others), "--reference")) if args.reference else None
+    ) or {}
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
     request = {
@@ -85,11 +93,13 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
         "suite": args.suite or ["quick"],
         "budget": str(budget),
     }
+    if references:
+        request["reference"] = key_of({name: other.about["summary"] for name, other in references.items()})
     if not args.fresh:
         checks.run(lambda: _check_out(args.out, request))
     checks.finish()
     assert budget is not None and own is not None  # noqa: S101 - finish() raised otherwise
-    return Plan(arms, facts, retain, budget, own, others, request, config)
+    return Plan(arms, facts, retain, budget, own, others, request, config, references)
 
 
 def _divisible(args: argparse.Namespace, facts: Sequence[Fact], retain: Sequence[Fact]) -> None:
@@ -146,7 +156,7 @@ def _check_out(out: Path, request: dict[str, Any]) -> None:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"--out {out}: is not empty, and no comparison made it. Choose another folder.")
         return
-    other = [name for name, value in request.items() if there.get(name) != value]
+    other = [name for name in {**there, **request} if there.get(name) != request.get(name)]
     if other:
         raise InputError(f"--out {out}: holds a comparison on other terms (other {', '.join(other)}). {ways}")
 

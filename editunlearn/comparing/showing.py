@@ -46,6 +46,7 @@ def show(
         f"matched: keeps most among the trials that leak at most {args.match:g}": outputs.table(level),
         "cost of an edit": outputs.costs(found),
     }
+    tables |= {f"{name}, chosen trials": table for name, table in outputs.benchmarks(queue, found).items()}
     failed = outputs.failures(found)
     if failed:
         tables["failed"] = (["method", "run", "why"], failed)
@@ -72,10 +73,11 @@ def show(
         found,
         {"chosen": chosen, "matched": level},
     )
+    title = f"{len(made.facts)} facts, {len(found)} methods"
     files = {
         "comparison.json": json_bytes(result),
         "comparison.md": outputs.markdown(tables, notes).encode(),
-        "report.html": outputs.html(queue, found, f"{len(made.facts)} facts, {len(found)} methods", svg).encode(),
+        "report.html": outputs.html(queue, found, title, svg, args.reference).encode(),
         **({"pareto.svg": svg.encode()} if svg else {}),
     }
     atomic_write_together({args.out / name: data for name, data in files.items()})
