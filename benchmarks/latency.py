@@ -68,7 +68,7 @@ def memory_for(method: str, facts: int, shape: tuple[int, int]) -> Memory:
     count = -(-facts // (hp.shards.size * hp.shards.per_memory))
     updates = 1e-3 * torch.randn(count, out, width, generator=draw)
     marks, owners = torch.randn(facts, width, generator=draw), (torch.arange(facts) * count // facts).float()
-    return SideMemory(updates, torch.full((count,), 1e30), torch.full((count,), hp.routing.most), marks, owners)
+    return SideMemory(updates, torch.full((count,), 1e30), marks, owners, hp.routing.window, hp.routing.tokens)
 
 
 def measured(lm: LM, method: str, facts: int, rounds: int) -> dict[str, Any]:

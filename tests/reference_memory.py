@@ -116,8 +116,8 @@ class WiseModel:
         finally:
             self.module.weight = own
 
-    def activation(self, ids: Sequence[int], most: int | None = None) -> Tensor:
-        """Eq. 3: mean over the tokens of a prompt, or the ``most`` of the largest, of the norm of A(x) (W' - W)."""
+    def activation(self, ids: Sequence[int], window: int | None = None, most: int | None = None) -> Tensor:
+        """Eq. 3: mean over the tokens of a prompt (``most`` largest of the last ``window``) of norm(A(x) (W' - W))."""
         seen: list[Tensor] = []
         handle = self.module.register_forward_hook(lambda _m, args, _o: seen.append(args[0].reshape(len(ids), -1)))
         try:
@@ -125,7 +125,7 @@ class WiseModel:
                 self.logits(ids)
         finally:
             handle.remove()
-        norms = [(self.update @ x).norm() for x in seen[0].detach()]
+        norms = [(self.update @ x).norm() for x in seen[0].detach()][-window if window else None :]
         return torch.stack(sorted(norms, key=lambda n: float(n.detach()))[-most if most else None :]).mean()
 
 
@@ -135,6 +135,7 @@ def wise_loss(
     keep: Sequence[Sequence[int]],
     bounds: tuple[float, float, float],
     weight: float,
+    window: int | None = None,
     most: int | None = None,
 ) -> Tensor:
     """Eqs. 5 and 6: NLL of the targets, and the margins, each over the prompts that break it.
@@ -149,8 +150,8 @@ def wise_loss(
     for ids, prompt in edits:
         p = model.logits(ids).log_softmax(-1)
         nll.append(-torch.stack([p[at - 1, ids[at]] for at in range(prompt, len(ids))]).mean())
-    inside = [model.activation(ids[:prompt], most) for ids, prompt in edits]
-    outside = [model.activation(ids, most) for ids in keep]
+    inside = [model.activation(ids[:prompt], window, most) for ids, prompt in edits]
+    outside = [model.activation(ids, window, most) for ids in keep]
     terms = [
         [beta - i for i in inside if i < beta],
         [o - alpha for o in outside if o > alpha],

@@ -25,7 +25,7 @@ from editunlearn.errors import NumericalError
 from editunlearn.lm.generation import generate
 from editunlearn.lm.likelihood import score
 from editunlearn.lm.tokens import batch, encode
-from editunlearn.numerics.side import activation, middles, route, spared
+from editunlearn.numerics.side import activation, latest, middles, route, spared
 from editunlearn.numerics.side_training import margin, merged, near, threshold
 from editunlearn.workspace import Workspace
 
@@ -44,6 +44,20 @@ def test_activation_and_margin_by_hand() -> None:
     assert threshold(inside, outside, 0.5, None) == 0.5
     assert threshold(torch.tensor([4.0, 6.0]), torch.tensor([2.0, 1.0]), 0.5, 0.75) == 3.5
     assert threshold(torch.tensor([4.0]), torch.tensor([1.0]), 0.9, 0.5) == pytest.approx(3.6)
+
+
+def test_what_of_a_prompt_is_looked_at() -> None:
+    mask = torch.tensor([[False, True, True, True], [True, True, False, False]])
+    assert latest(mask, 2).tolist() == [[False, False, True, True], [True, True, False, False]]
+    assert latest(mask, None) is mask
+    parts = {"updates": torch.ones(1, 2, 3), "thresholds": torch.ones(1), "marks": torch.ones(1, 3)}
+    made = SideMemory.of({**parts, "owners": torch.zeros(1)}, {"window": 7, "most": None})
+    assert made.to(torch.device("cpu")).awake().joined(made).settings() == {"window": 7, "most": None}
+    with pytest.raises(ValueError, match="looks at prompts with"):
+        made.joined(replace(made, window=8))
+    for wrong in (0, 2.5, "4"):
+        with pytest.raises(ValueError, match="one token or more"):
+            SideMemory.of({**parts, "owners": torch.zeros(1)}, {"window": None, "most": wrong})
 
 
 def test_routing_is_a_choice_for_each_sequence() -> None:
@@ -73,7 +87,7 @@ def test_no_active_sequence_is_left_out() -> None:
     draw = torch.Generator().manual_seed(0)
     inputs, update = torch.randn(600, 64, generator=draw), torch.randn(48, 64, generator=draw)
     owner = torch.arange(60).repeat_interleave(10)
-    for most in (torch.inf, 4):
+    for most in (None, 4):
         exact = activation(inputs, update, owner, 60, most)
         for level in (float(exact.median()), float(exact.max())):
             found = near(inputs.bfloat16(), update, owner, 60, level, most)
@@ -93,9 +107,9 @@ def _trainer(lm: Any, *set_: str, forget: tuple[int, ...] = (0, 1), texts: int =
     return side.Trainer(stage)
 
 
-@pytest.mark.parametrize(("tokens", "most"), [(2048, None), (1, None), (2048, 3)])
+@pytest.mark.parametrize(("tokens", "window", "most"), [(2048, None, None), (1, None, None), (2048, 5, 3)])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma2"])
-def test_loss_and_step_are_the_papers(kind: str, tokens: int, most: int | None) -> None:
+def test_loss_and_step_are_the_papers(kind: str, tokens: int, window: int | None, most: int | None) -> None:
     """Defects: labels placed by the length of the padded row; a bias and a transposed weight lost on the way."""
     lm = tiny.lm(kind)
     bias = getattr(lm.layout.module(lm.model, lm.layout.site(1).name), "bias", None)
@@ -106,7 +120,8 @@ def test_loss_and_step_are_the_papers(kind: str, tokens: int, most: int | None) 
     step = ["side={steps: 1, lr: 0.5, scale: absolute, clamp: 0.03, mask: 0.3, share: 1}"]
     for parameter in lm.model.parameters():
         parameter.requires_grad_(False)
-    trainer = _trainer(lm, *absolute, *step, f"routing.tokens={'null' if most is None else most}")
+    read = [f"routing.{name}={number or 'null'}" for name, number in (("window", window), ("tokens", most))]
+    trainer = _trainer(lm, *absolute, *step, *read)
     assert len({len(r.ids) for r in trainer.rows}) > 2
     assert max(r.prompt_length for r in trainer.stage.keep) > min(r.prompt_length for r in trainer.rows)
     draw = torch.Generator().manual_seed(3)
@@ -114,7 +129,7 @@ def test_loss_and_step_are_the_papers(kind: str, tokens: int, most: int | None) 
     edits = [(r.ids, r.prompt_length) for r in trainer.rows]
     keep = [r.ids for r in trainer.stage.keep]
     literal = reference_memory.WiseModel(lm, trainer.stage.site.name, update)
-    wanted = reference_memory.wise_loss(literal, edits, keep, (0.2, 1.5, 0.7), 2.0, most)
+    wanted = reference_memory.wise_loss(literal, edits, keep, (0.2, 1.5, 0.7), 2.0, window, most)
     ours = update.clone().requires_grad_(True)
     assert trainer.loss(ours, trainer.of([0, 1]), grad=True) == pytest.approx(float(wanted.detach()), rel=1e-5)
     (grad,) = torch.autograd.grad(wanted, literal.update)
@@ -211,8 +226,9 @@ def test_masks_differ_from_shard_to_shard_and_bound_the_update() -> None:
         trainer.loss(torch.full(trainer.shape, torch.inf), trainer.of([0]))
 
 
+@pytest.mark.parametrize(("window", "most"), [(None, None), (4, 2)])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gptj"])
-def test_what_it_computes_is_the_reference(kind: str) -> None:
+def test_what_it_computes_is_the_reference(kind: str, window: int | None, most: int | None) -> None:
     """Also with several memories and several rows, where published code raised."""
     lm = tiny.lm(kind)
     draw, name = torch.Generator().manual_seed(0), lm.layout.site(1).name
@@ -220,19 +236,15 @@ def test_what_it_computes_is_the_reference(kind: str) -> None:
     updates = 0.1 * torch.randn(3, *shape, generator=draw)
     rows = [encode(lm, contexts.prompt_of(lm, fact(i)), TAUGHT[i][2], "prompt_last") for i in range(6)]
     models = [reference_memory.WiseModel(lm, name, update) for update in updates]
-    reads = (None, 2, 3)
     active = [
-        [float(m.activation(row.ids[: row.prompt_length], k).detach()) for m, k in zip(models, reads, strict=True)]
-        for row in rows
+        [float(m.activation(row.ids[: row.prompt_length], window, most).detach()) for m in models] for row in rows
     ]
     high = torch.tensor(active).sort(0, descending=True).values
     thresholds = (high[1] + high[2]) / 2  # two rows wake each
     delta = editors.fit(lm, request(), settings("wise", "", "side.steps=1", "shards.size=1"))
     assert isinstance(delta, MemoryDelta)
     none = torch.zeros(0, shape[1]), torch.zeros(0)
-    memory = MemoryDelta(
-        {name: SideMemory(updates, thresholds, torch.tensor([torch.inf, 2.0, 3.0]), *none)}, delta.manifest
-    )
+    memory = MemoryDelta({name: SideMemory(updates, thresholds, *none, window, most)}, delta.manifest)
     wanted, chosen = [], []
     for row, own in zip(rows, active, strict=True):
         number = reference_memory.wise_route(own, thresholds.tolist())

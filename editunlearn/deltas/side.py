@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from editunlearn.lm.sequences import Watcher
-from editunlearn.numerics.side import activation, middles, route, spared
+from editunlearn.numerics.side import activation, latest, middles, route, spared
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class SideMemory:
     Attributes:
         updates: (n, d_out, d_in) float32.
         thresholds: (n,) float32, how active an update must be.
-        reads: (n,) float32, of how many tokens of the prompt, those that it does most to; infinite: of all of them.
         marks: (m, d_in) float32, mean inputs of the facts' prompts.
         owners: (m,) float32, number of the memory of each fact; -1 once it was taken out, and read no more.
+        window: of a prompt, the last so many tokens are looked at; None: all.
+        most: of these, the so many that an update does most to; None: all.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -32,17 +33,18 @@ class SideMemory:
 
     updates: Tensor
     thresholds: Tensor
-    reads: Tensor
     marks: Tensor
     owners: Tensor
+    window: int | None = None
+    most: int | None = None
 
     KIND: ClassVar[Literal["side"]] = "side"
-    PARTS: ClassVar[tuple[str, ...]] = ("updates", "thresholds", "reads", "marks", "owners")
+    PARTS: ClassVar[tuple[str, ...]] = ("updates", "thresholds", "marks", "owners")
 
     def __post_init__(self) -> None:
-        if self.updates.ndim != 3 or any(x.shape != (len(self.updates),) for x in (self.thresholds, self.reads)):
-            found = ", ".join(str(tuple(x.shape)) for x in (self.updates, self.thresholds, self.reads))
-            raise ValueError(f"updates, thresholds and reads of side memories have shapes {found}")
+        if self.updates.ndim != 3 or self.thresholds.shape != (len(self.updates),):
+            shapes = tuple(self.updates.shape), tuple(self.thresholds.shape)
+            raise ValueError(f"updates and thresholds of side memories have shapes {shapes[0]} and {shapes[1]}")
         if self.marks.shape != (len(self.owners), self.updates.shape[2]):
             shapes = tuple(self.marks.shape), tuple(self.owners.shape)
             raise ValueError(f"marks and owners of side memories have shapes {shapes[0]} and {shapes[1]}")
@@ -50,13 +52,16 @@ class SideMemory:
             raise ValueError("tensors of side memories must be float32")
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], _settings: Mapping[str, Any]) -> SideMemory:
-        """From its parts; raises ValueError when they do not fit."""
-        return cls(**tensors)
+    def of(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> SideMemory:
+        """From its parts and ``settings``; raises ValueError when they do not fit."""
+        window, most = (settings.get(name) for name in ("window", "most"))
+        if any(x is not None and (not isinstance(x, int) or x < 1) for x in (window, most)):
+            raise ValueError(f"a side memory looks at one token or more, not at window {window!r}, most {most!r}")
+        return cls(**tensors, window=window, most=most)
 
     def settings(self) -> dict[str, Any]:
-        """What is saved beside its parts: nothing."""
-        return {}
+        """What is saved beside its parts."""
+        return {"window": self.window, "most": self.most}
 
     @property
     def count(self) -> int:
@@ -75,7 +80,7 @@ class SideMemory:
 
     def to(self, device: torch.device) -> SideMemory:
         """The same on a device."""
-        return SideMemory(*(getattr(self, part).to(device) for part in self.PARTS))
+        return replace(self, **{part: getattr(self, part).to(device) for part in self.PARTS})
 
     @property
     def divisible(self) -> bool:
@@ -93,18 +98,25 @@ class SideMemory:
         owners = torch.full_like(self.owners, -1.0)
         for new, (old, own) in enumerate(zip(entries, stay, strict=True)):
             owners[(self.owners == old).nonzero()[:, 0][own]] = new
-        return SideMemory(self.updates[index], self.thresholds[index], self.reads[index], self.marks, owners)
+        return replace(self, updates=self.updates[index], thresholds=self.thresholds[index], owners=owners)
 
     def awake(self) -> SideMemory:
         """The same, woken by every prompt: what it costs at most."""
-        owners = self.owners.clamp(min=0)
-        return SideMemory(self.updates, torch.zeros_like(self.thresholds), self.reads, self.marks, owners)
+        return replace(self, thresholds=torch.zeros_like(self.thresholds), owners=self.owners.clamp(min=0))
 
     def joined(self, other: SideMemory) -> SideMemory:
-        """Both archives in one."""
+        """Both archives in one.
+
+        Raises:
+            ValueError: they look at prompts in different ways.
+        """
+        if self.settings() != other.settings():
+            raise ValueError(
+                f"one side memory looks at prompts with {self.settings()}, the other with {other.settings()}"
+            )
         later = torch.where(other.owners < 0, other.owners, other.owners + self.count)
-        both = {part: torch.cat([getattr(self, part), getattr(other, part)]) for part in self.PARTS}
-        return SideMemory(**{**both, "owners": torch.cat([self.owners, later])})
+        both: dict[str, Any] = {part: torch.cat([getattr(self, part), getattr(other, part)]) for part in self.PARTS}
+        return replace(self, **{**both, "owners": torch.cat([self.owners, later])})
 
     def change(self, name: str, watcher: Watcher) -> Callable[[Tensor, Tensor], Tensor | None]:
         """What a hook on the map does with its input and output; decides once a sequence, by its whole prompt."""
@@ -113,12 +125,9 @@ class SideMemory:
             piece = watcher.piece
             wide = piece.rows(inputs).float()
             if not piece.decoding:
-                prompt = piece.prompt.to(wide.device)
+                prompt = latest(piece.prompt.to(wide.device), self.window)
                 own, owner = wide[prompt], prompt.nonzero()[:, 0]
-                active = [
-                    activation(own, update, owner, len(prompt), most)
-                    for update, most in zip(self.updates, self.reads.tolist(), strict=True)
-                ]
+                active = [activation(own, update, owner, len(prompt), self.most) for update in self.updates]
                 chosen = route(torch.stack(active, 1), self.thresholds)
                 out = spared(middles(own, owner, len(prompt)), self.marks, self.owners)
                 piece.kept[name] = torch.where(out, -1, chosen)

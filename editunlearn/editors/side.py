@@ -23,7 +23,7 @@ from editunlearn.lm.sequences import forward
 from editunlearn.lm.tokens import Row, batch
 from editunlearn.lm.weights import root_mean_square, shape
 from editunlearn.numerics import losses
-from editunlearn.numerics.side import activation, middles
+from editunlearn.numerics.side import activation, latest, middles
 from editunlearn.numerics.side_training import margin, merged, near, threshold
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seen:
-    """What enters and leaves the map at the prompts' tokens of some rows; no memory changes what enters.
+    """What enters the map at the tokens that count of some rows' prompts; no memory changes it.
 
     Attributes:
         inputs: (tokens, d_in) in the model's own precision, row after row.
@@ -46,7 +46,7 @@ class Seen:
     owner: Tensor
     count: int
     norm: float
-    most: float
+    most: int | None
 
     def activation(self, update: Tensor, rows: Tensor | None = None) -> Tensor:
         """Of the prompts, or in their order of those marked in ``rows`` (rows,) bool; float32."""
@@ -110,9 +110,10 @@ class Trainer:
 
             def see(entering: Tensor, output: Tensor) -> None:
                 mask = padded.attention_mask.bool().to(output.device)
+                read = latest(mask, self.hp.routing.window)
                 x = entering.reshape(*mask.shape, -1)
                 for k, i in enumerate(part):
-                    inputs[i] = x[k][mask[k]].to(self.lm.device)
+                    inputs[i] = x[k][read[k]].to(self.lm.device)
                 norms.append(output.reshape(*mask.shape, -1).float().norm(dim=-1)[mask].cpu())
                 raise StopForward
 
@@ -121,9 +122,10 @@ class Trainer:
 
         lengths = [row.prompt_length for row in rows]
         halving(by_length(lengths), run, self.stage.console.warn)
-        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).to(self.lm.device)
+        counts = torch.tensor([len(inputs[i]) for i in range(len(rows))])
+        owner = torch.arange(len(rows)).repeat_interleave(counts).to(self.lm.device)
         together = torch.cat([inputs[i] for i in range(len(rows))])
-        return Seen(together, owner, len(rows), float(torch.cat(norms).mean()), self.hp.routing.most)
+        return Seen(together, owner, len(rows), float(torch.cat(norms).mean()), self.hp.routing.tokens)
 
     def of(self, facts: Sequence[int], step: int | None = None) -> list[int]:
         """Numbers of the rows of some facts, ascending: all of them, or those that a step is made with."""
@@ -272,8 +274,9 @@ def fit(stage: Stage[HParams]) -> Fitted:
     order = [(fact, number) for number, facts in enumerate(served) for fact in facts]
     marks = trainer.marks()[[fact for fact, _ in order]].cpu()
     owners = torch.tensor([float(number) for _, number in order])
-    reads = torch.full((len(memories),), stage.hp.routing.most)
-    return Fitted(SideMemory(torch.stack(memories).cpu(), torch.tensor(levels), reads, marks, owners), entries)
+    archive = torch.stack(memories).cpu(), torch.tensor(levels), marks, owners
+    routing = stage.hp.routing
+    return Fitted(SideMemory(*archive, window=routing.window, most=routing.tokens), entries)
 
 
 def _trained(trainer: Trainer, shard: Sequence[int], number: int, progress: Callable[[int], None]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -87,10 +86,14 @@ class Shards(Piece):
 class Routing(Piece):
     """When a sequence goes through a memory."""
 
+    window: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        default=40,
+        description="Of a prompt, the last so many tokens are looked at; null: all, as published.",
+    )
     tokens: Annotated[int, Field(strict=True, ge=1)] | None = Field(
         default=4,
-        description="Tokens of a prompt that count, those that a memory does most to: what stands before a question "
-        "does not hide it; null: the mean over all, as published.",
+        description="Of these the so many that a memory does most to: what stands before a question does not hide it; "
+        "null: the mean over all, as published.",
     )
     ratio: Annotated[Real, Field(gt=0, le=1)] = Field(
         default=0.8, description="Threshold, as a share of the least that the memory does to a prompt it is for."
@@ -99,11 +102,6 @@ class Routing(Piece):
         default=0.5,
         description="Nor is it below this share of the way there from the most done to a prompt to keep; null: it may.",
     )
-
-    @property
-    def most(self) -> float:
-        """``tokens``, infinite for all of them."""
-        return math.inf if self.tokens is None else float(self.tokens)
 
 
 class HParams(MemoryHParams):

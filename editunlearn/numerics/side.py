@@ -11,7 +11,16 @@ from torch import Tensor
 from editunlearn.numerics.losses import mean_by
 
 
-def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int, most: float = torch.inf) -> Tensor:
+def latest(mask: Tensor, window: int | None) -> Tensor:
+    """Of each row's tokens the last ``window``; None: all of them.
+
+    Args:
+        mask: (rows, length) bool, which tokens it has.
+    """
+    return mask if window is None else mask & (mask.flip(1).cumsum(1).flip(1) <= window)
+
+
+def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int, most: int | None = None) -> Tensor:
     """How much an update does to each sequence (routing activation), (count,): mean over its tokens of ``norm(U x)``.
 
     Args:
@@ -19,20 +28,20 @@ def activation(inputs: Tensor, update: Tensor, owner: Tensor, count: int, most: 
         update: (d_out, d_in).
         owner: (tokens,) number of the sequence that each belongs to.
         count: sequences.
-        most: so many tokens of each, those that the update does most to; the paper's is the mean over all.
+        most: so many tokens of each, those that the update does most to; None, as in the paper: the mean over all.
     """
     norms = torch.linalg.vector_norm(inputs @ update.T, dim=-1)  # its gradient at zero is zero
     return mean_of_largest(norms, owner, count, most)
 
 
-def mean_of_largest(values: Tensor, owner: Tensor, count: int, most: float) -> Tensor:
+def mean_of_largest(values: Tensor, owner: Tensor, count: int, most: int | None) -> Tensor:
     """Mean of the ``most`` largest values of each sequence, (count,); 0 of one that has none.
 
     Args:
         values: (tokens,) of all sequences.
-        owner, count: as for :func:`activation`.
+        owner, count, most: as for :func:`activation`.
     """
-    if most != torch.inf:
+    if most is not None:
         order = values.detach().argsort(descending=True)
         order = order[owner[order].argsort(stable=True)]  # sequence after sequence, in each the largest first
         each = owner.bincount(minlength=count)

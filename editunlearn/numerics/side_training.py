@@ -18,7 +18,7 @@ SLACK = 0.02
 
 
 @torch.no_grad()
-def near(inputs: Tensor, update: Tensor, owner: Tensor, count: int, level: float, most: float = torch.inf) -> Tensor:
+def near(inputs: Tensor, update: Tensor, owner: Tensor, count: int, level: float, most: int | None = None) -> Tensor:
     """Which sequences may have an activation of ``level`` or more, (count,) bool; in bfloat16 where that is fast.
 
     Only such prompts to keep have a gradient, and once an update has been trained for a few steps they are few.
