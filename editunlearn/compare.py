@@ -71,6 +71,12 @@ def flags() -> argparse.ArgumentParser:
         metavar="LEAK",
         help="the matched view shows of each method the trial that keeps most among those that leak so little (0.05)",
     )
+    group.add_argument(
+        "--trained-on",
+        type=float,
+        metavar="TOKENS",
+        help="what the model was trained on, such as 6e12: the cost table then says how much less an edit takes",
+    )
     group = p.add_argument_group("output")
     group.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
     group.add_argument("--retry", action="store_true", help="run again what has failed")

@@ -11,6 +11,7 @@ import benchmark_data
 import pytest
 from edits import Killed
 from runs import FACTS, RETAIN, Called, World, build, call, listing, write_lines
+from transformers import AutoModelForCausalLM
 
 from editunlearn.comparing.asking import Asking, requests, split
 from editunlearn.comparing.queue import Queue
@@ -144,8 +145,12 @@ def test_methods_beside_a_model_that_never_knew(world: World, tmp_path: Path) ->
     reference = ["--reference", str(tmp_path / "gold" / "base" / "tofu-forget01")]
     unasked = call("compare", *flags(world, tmp_path / "d", methods="grin"), *reference)
     assert unasked.code == 2 and "results of the suite tofu:forget01, which is not asked for" in unasked.err
-    called = call("compare", *words, *reference, "--fresh")
+    called = call("compare", *words, *reference, "--fresh", "--trained-on", "1e9")
     assert called.code == 0, called.err
+    made = json.loads((tmp_path / "c" / "comparison.json").read_text())["methods"]["grin"]
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world.model).parameters())
+    times = 6 * size * 1e9 / made["costs"][0]["flops"]
+    assert f"| {times:.2g} times |" in (tmp_path / "c" / "comparison.md").read_text()
     table = (tmp_path / "c" / "comparison.md").read_text().partition("## tofu:forget01, chosen trials")[2]
     lines = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines() if " | " in line)
     assert lines["metric"].split(" | ")[0] == "base" and lines["metric"].split(" | ")[-1] == "reference"
@@ -172,6 +177,7 @@ def test_dry_run(world: World, tmp_path: Path) -> None:
         (["--limit", "0"], "--limit 0: at least 1"),
         (["--budget", "hours:2"], "wall:SECONDS"),
         (["--match", "5"], "--match 5: a rate"),
+        (["--trained-on", "-2"], "--trained-on -2: a number of tokens"),
         (["--suite", "fakts"], "unknown suite 'fakts'. Did you mean 'facts'"),
         (["--suite", "quick", "--suite", "facts:attacks"], "ask the same facts"),
         (["--retain", "EMPTY"], "empty.jsonl"),

@@ -100,14 +100,19 @@ def cell(value: Value) -> str:
     return shown if value.high is None else f"{shown} ± {value.high - value.value:.2g}"
 
 
-def costs(found: Sequence[Runs]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the cost table: means over the seeds of what was chosen."""
+def costs(found: Sequence[Runs], anew: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the cost table: means over the seeds of what was chosen.
+
+    Args:
+        anew: floating-point operations of training the model anew, to compare with.
+    """
     columns = ["method", "wall time", "peak memory", "FLOPs", "tokens seen", "weights changed", "delta"]
+    columns += [] if anew is None else ["less than training anew"]
     cells = []
     for runs in found:
         every = [cost for (trial, _), cost in runs.costs.items() if trial == runs.chosen]
         if every:
-            cells.append([runs.arm.name, *_cost(every)])
+            cells.append([runs.arm.name, *_cost(every), *([] if anew is None else [_times(every, anew)])])
     return columns, cells
 
 
@@ -121,6 +126,11 @@ def _cost(every: Sequence[Cost]) -> Iterator[str]:
     yield f"{sum(c.tokens for c in whole) / count:,.0f}" if whole else "interrupted"
     yield f"{sum(c.changed for c in every) / len(every):.3%}"
     yield f"{sum(c.delta for c in every) / len(every) / 1e6:.2f} MB"
+
+
+def _times(every: Sequence[Cost], anew: float) -> str:
+    flops = [cost.flops for cost in every if cost.flops and not cost.resumed]
+    return f"{anew * len(flops) / sum(flops):.2g} times" if flops else "interrupted"
 
 
 def _shown(queue: Queue, found: Sequence[Runs]) -> dict[str, Path]:

@@ -70,6 +70,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     for flag, value in (("--seeds", args.seeds), ("--limit", args.limit)):
         if value is not None and value < 1:
             checks.problems.append(f"{flag} {value}: at least 1.")
+    if args.trained_on is not None and not 0 < args.trained_on < float("inf"):
+        checks.problems.append(f"--trained-on {args.trained_on:g}: a number of tokens, above 0.")
     if not 0 <= args.match <= 1:
         checks.problems.append(f"--match {args.match:g}: a rate of leaks, from 0 to 1.")
     limit = None if args.limit is None else max(1, args.limit)  # a bad one has been said

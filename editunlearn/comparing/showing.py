@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from editunlearn import estimate
 from editunlearn.artifacts import atomic_write_together, json_bytes
 from editunlearn.comparing import outputs
+from editunlearn.comparing.meter import training_flops
 from editunlearn.comparing.queue import Cell
 from editunlearn.comparing.sweep import setting, strength
 
@@ -40,11 +41,13 @@ def show(
     args: argparse.Namespace, made: Plan, queue: Queue, base: dict[str, Any], found: list[Runs], console: Console
 ) -> None:
     """Tables, files, what to know, what to do next."""
+    size = sum(p.numel() for p in queue.lm.model.parameters())
+    anew = training_flops(size, args.trained_on) if args.trained_on else None
     chosen, level = (outputs.rows(found, base, matched=matched) for matched in (False, True))
     tables = {
         "chosen on the validation half, measured on the test half": outputs.table(chosen),
         f"matched: keeps most among the trials that leak at most {args.match:g}": outputs.table(level),
-        "cost of an edit": outputs.costs(found),
+        "cost of an edit": outputs.costs(found, anew),
     }
     tables |= {f"{name}, chosen trials": table for name, table in outputs.benchmarks(queue, found).items()}
     failed = outputs.failures(found)
@@ -63,13 +66,21 @@ def show(
     without = [runs.arm.name for runs in found if runs.matched is None]
     if without:
         notes.append(f"No trial leaks at most {args.match:g}: {', '.join(without)}.")
+    if anew is not None:
+        notes.append(f"Training anew: 6 x {size:,} weights x {args.trained_on:g} tokens = {anew:.3g} FLOPs.")
     for note in notes:
         console.info(note)
     svg = outputs.pareto(found, chosen)
     if svg is None:
         console.warn('no plots: pip install "editunlearn[report]" for matplotlib')
     result = outputs.document(
-        {**made.request, "trials": args.trials, "seeds": args.seeds, "match": args.match},
+        {
+            **made.request,
+            "trials": args.trials,
+            "seeds": args.seeds,
+            "match": args.match,
+            "trained_on": args.trained_on,
+        },
         found,
         {"chosen": chosen, "matched": level},
     )
