@@ -117,7 +117,7 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, script: str) -> dict[st
     if not args.all:
         facts = [fact for fact, knows in zip(facts, known_by(lm, facts, cache), strict=True) if knows]
     most = max(cell.facts for cell in cells)
-    forget, retain, heldout = _split(facts, (0 if args.forget else most, args.retain, args.heldout), args.seed)
+    forget, retain, heldout = split(facts, (0 if args.forget else most, args.retain, args.heldout), args.seed)
     if args.forget:
         forget = load_facts(args.forget)
     text = quality.wikitext(args.text, lm)
@@ -159,9 +159,9 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, script: str) -> dict[st
     return done
 
 
-def _split(facts: list[Fact], sizes: tuple[int, int, int], seed: int) -> tuple[list[Fact], list[Fact], list[Fact]]:
-    """Forget, retain and held-out facts, no subject in two of them; facts about one subject stand together, so that
-    of many questions about few subjects the first so many are about as few as can be."""
+def split(facts: list[Fact], sizes: Sequence[int], seed: int) -> list[list[Fact]]:
+    """Forget, retain and held-out facts, or others, no subject in two of them; facts about one subject stand together,
+    so that of many questions about few subjects the first so many are about as few as can be."""
     subjects = sorted({fact.subject for fact in facts})
     random.Random(seed).shuffle(subjects)
     together = sorted(facts, key=lambda fact: subjects.index(fact.subject))
@@ -171,7 +171,7 @@ def _split(facts: list[Fact], sizes: tuple[int, int, int], seed: int) -> tuple[l
         own = [fact for fact in reversed(together) if fact.subject not in taken][:size]
         taken |= {fact.subject for fact in own}
         parts.append(own)
-    return [fact for fact in together if fact.subject not in taken][: sizes[0]], parts[0], parts[1]
+    return [[fact for fact in together if fact.subject not in taken][: sizes[0]], *parts]
 
 
 def _same_base(runs: Sequence[dict[str, Any]], key: dict[str, Any]) -> Iterator[dict[str, float]]:

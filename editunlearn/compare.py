@@ -171,7 +171,7 @@ def _queue(args: argparse.Namespace, made: Plan, among: Processes, console: Cons
         out=args.out,
         facts=facts,
         retain=made.retain,
-        targets=args.targets,
+        how=made.how,
         asking=asking,
         budget=made.budget,
         seeds=args.seeds,

@@ -85,6 +85,7 @@ def forget(
     fresh: bool = False,
     store_facts: bool = False,
     save_delta: bool = True,
+    how: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Make ``lm`` forget ``facts`` and measure it; the model itself is unchanged when this returns.
@@ -103,6 +104,7 @@ def forget(
         store_facts: keep the text of the facts in ``delta.json``.
         save_delta: False leaves only the finished stages in ``out``, for a caller that has more to write there between
             :func:`editunlearn.run_folder.make_room` and ``finish``.
+        how: what the delta says that its targets came of, where the facts bring targets that were made for them.
 
     Raises:
         InputError: bad facts, targets or settings.
@@ -160,7 +162,7 @@ def forget(
             cache=cache,
             console=console,
             store_facts=store_facts,
-            target_strategy=strategy(facts, targets),
+            target_strategy=how or strategy(facts, targets),
         )
     if evaluate:
         with stages.timed("after"), delta.applied(lm):

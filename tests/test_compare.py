@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from editunlearn.comparing.asking import Asking, requests, split
 from editunlearn.comparing.queue import Queue
 from editunlearn.facts.readers import load_facts
+from editunlearn.facts.targets import DEFAULT_TARGETS
 
 FILES = {"comparison.json", "comparison.md", "pareto.svg", "report.html", "request.json"}
 HPARAMS = {
@@ -106,6 +107,8 @@ def test_what_is_shown_was_chosen_on_the_other_half(killed: tuple[Path, list[str
         for part in ("forget", "retain", "heldout"):
             first, second = ({item["shown"] for item in asked[half][part]} for half in ("validation", "test"))
             assert first and second and not first & second
+    folder = out / "runs" / "idk" / "trial0-seed0"
+    assert json.loads((folder / "delta.json").read_text())["target_strategy"] == DEFAULT_TARGETS
     page = (out / "report.html").read_text()
     assert "Forgotten against kept, by method" in page and "grin:random" in page and "base" in page
     assert (out / "pareto.svg").read_text().startswith("<svg")

@@ -29,7 +29,7 @@ class Plan:
     """What the flags ask for, checked.
 
     Attributes:
-        facts: with targets. how: those came about.
+        facts: with targets. how: what those came of.
         suites: other benchmarks, by name. facts_suite: the one that is asked in halves.
         request: what the runs of ``--out`` have in common.
         references: by suite, results of a model that never knew.
@@ -44,6 +44,7 @@ class Plan:
     request: dict[str, Any]
     config: Any
     references: Mapping[str, Other]
+    how: str
 
 
 def plan(args: argparse.Namespace, console: Console) -> Plan:
@@ -56,7 +57,7 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     from editunlearn.comparing.meter import Budget
     from editunlearn.evaluation.reference import load_others
     from editunlearn.facts.records import content_hash
-    from editunlearn.facts.targets import fill_targets
+    from editunlearn.facts.targets import fill_targets, strategy
     from editunlearn.lm.loading import default_cache_dir
     from editunlearn.workspace import key_of
 
@@ -101,7 +102,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
         checks.run(lambda: _check_out(args.out, request))
     checks.finish()
     assert budget is not None and own is not None  # noqa: S101 - finish() raised otherwise
-    return Plan(arms, facts, retain, budget, own, others, request, config, references)
+    how = strategy(given or [], args.targets)
+    return Plan(arms, facts, retain, budget, own, others, request, config, references, how)
 
 
 def _divisible(args: argparse.Namespace, facts: Sequence[Fact], retain: Sequence[Fact]) -> None:

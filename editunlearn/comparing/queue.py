@@ -83,7 +83,7 @@ class Queue:
     """Everything that the runs share.
 
     Attributes:
-        facts: with targets. inputs: all that a run depends on beside its settings.
+        facts: with targets. how: what those came of. inputs: all that a run depends on beside its settings.
         level: leak of the matched view. seeds: how many.
         retry: run again what has failed.
     """
@@ -92,7 +92,7 @@ class Queue:
     out: Path
     facts: Sequence[Fact]
     retain: Sequence[Fact]
-    targets: str
+    how: str
     asking: Asking
     budget: Budget
     seeds: int
@@ -187,7 +187,7 @@ class Queue:
                 self.facts,
                 hp,
                 retain=self.retain,
-                targets=self.targets,
+                how=self.how,
                 out=folder,
                 cache=self.cache,
                 evaluate=False,
