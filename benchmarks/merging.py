@@ -2,7 +2,8 @@
 
     python benchmarks/merging.py --facts known_facts.json --text test.txt --out benchmarks/results/merging.json
 
-Merged by subject, in runs, and with one value for all; ``--variants``, ``--forms`` and ``--sizes`` choose. The closed
+Merged by subject and in runs (with a key for each sample, or one for each group), and with one value for all;
+``--variants``, ``--forms`` and ``--sizes`` choose. The closed
 forms alone are run as well, as refine repairs what a collapse has left. Fluency is the n-gram entropy of what is said
 to held-out prompts. A finished run is not repeated.
 """
@@ -16,7 +17,9 @@ SIZES = (10, 40, 100, 400)
 MERGED = {
     "unmerged": (),
     "merged by subject": ("merge.by=subject",),
+    "merged by subject, one key": ("merge.by=subject", "merge.keys=group"),
     "merged in runs of 10": ("merge.by=run", "merge.size=10"),
+    "merged in runs of 10, one key": ("merge.by=run", "merge.size=10", "merge.keys=group"),
     "one value for all": ("merge.by=all",),
 }
 
