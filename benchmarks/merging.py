@@ -17,9 +17,9 @@ SIZES = (10, 40, 100, 400)
 MERGED = {
     "unmerged": (),
     "merged by subject": ("merge.by=subject",),
-    "merged by subject, one key": ("merge.by=subject", "merge.keys=group"),
+    "merged by subject with one key": ("merge.by=subject", "merge.keys=group"),
     "merged in runs of 10": ("merge.by=run", "merge.size=10"),
-    "merged in runs of 10, one key": ("merge.by=run", "merge.size=10", "merge.keys=group"),
+    "merged in runs of 10 with one key": ("merge.by=run", "merge.size=10", "merge.keys=group"),
     "one value for all": ("merge.by=all",),
 }
 
