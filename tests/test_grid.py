@@ -89,7 +89,7 @@ def test_merging(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = call(merging.main, monkeypatch, *words, "retain.lookalikes=0", "limits.norm=100")["runs"]
     assert [r["name"].split(", ")[1] for r in runs] == list(merging.MERGED)
     assert all(r["hparams"]["refine"] is None for r in runs)
-    assert [r["hparams"]["merge"] is None for r in runs] == [True, False, False, False]
+    assert [r["hparams"]["merge"] is None for r in runs] == [not values for values in merging.MERGED.values()]
 
 
 def test_layers(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
