@@ -13,10 +13,12 @@ from editunlearn.cli import Checks, check_model, check_settings, check_writable,
 from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
+    from editunlearn.comparing.gold import Reference
     from editunlearn.comparing.meter import Budget
     from editunlearn.comparing.sweep import Arm
     from editunlearn.console import Console
     from editunlearn.evaluation.suites import Module
+    from editunlearn.evaluation.treatments import Treatment
     from editunlearn.facts.records import Fact
 
 REQUEST = "request.json"
@@ -30,6 +32,8 @@ class Plan:
     Attributes:
         facts: with targets. how: those came about.
         suites: other benchmarks, by name. facts_suite: the one that is asked in halves.
+        treatments: after which chosen runs are asked again.
+        reference: what they are held against, if anything.
         request: what the runs of ``--out`` have in common.
     """
 
@@ -39,6 +43,8 @@ class Plan:
     budget: Budget
     facts_suite: tuple[str, Module]
     suites: dict[str, tuple[Module, Any]]
+    treatments: list[Treatment]
+    reference: Reference | None
     request: dict[str, Any]
     config: Any
 
@@ -49,8 +55,9 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     Raises:
         InputError: everything that is wrong.
     """
-    from editunlearn.comparing import sweep
+    from editunlearn.comparing import gold, sweep
     from editunlearn.comparing.meter import Budget
+    from editunlearn.evaluation.treatments import parse
     from editunlearn.facts.records import content_hash
     from editunlearn.facts.targets import fill_targets
     from editunlearn.lm.loading import default_cache_dir
@@ -75,6 +82,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if facts:
         checks.run(lambda: _divisible(args, facts, retain))
     own, others = checks.run(lambda: _suites(args, facts, retain)) or (None, {})
+    treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text, 0)))]  # type: ignore[misc]
+    reference = checks.run(lambda: gold.named(args, others)) if args.reference else None
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
     request = {
@@ -84,12 +93,14 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
         "targets": args.targets,
         "suite": args.suite or ["quick"],
         "budget": str(budget),
+        "under": [str(under) for under in treatments] or None,
+        "reference": args.reference,
     }
     if not args.fresh:
         checks.run(lambda: _check_out(args.out, request))
     checks.finish()
     assert budget is not None and own is not None  # noqa: S101 - finish() raised otherwise
-    return Plan(arms, facts, retain, budget, own, others, request, config)
+    return Plan(arms, facts, retain, budget, own, others, treatments, reference, request, config)
 
 
 def _divisible(args: argparse.Namespace, facts: Sequence[Fact], retain: Sequence[Fact]) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from editunlearn import estimate
 from editunlearn.artifacts import atomic_write_together, json_bytes
 from editunlearn.comparing import outputs
+from editunlearn.comparing.asking import beside
 from editunlearn.comparing.queue import Cell
 from editunlearn.comparing.sweep import setting, strength
+from editunlearn.evaluation.states import BASE
 
 if TYPE_CHECKING:
     from editunlearn.comparing.planning import Plan
@@ -37,13 +39,14 @@ def dry_run(made: Plan, console: Console) -> None:
 
 
 def show(
-    args: argparse.Namespace, made: Plan, queue: Queue, base: dict[str, Any], found: list[Runs], console: Console
+    args: argparse.Namespace, made: Plan, queue: Queue, bare: dict[str, Any], found: list[Runs], console: Console
 ) -> None:
     """Tables, files, what to know, what to do next."""
-    chosen, level = (outputs.rows(found, base, matched=matched) for matched in (False, True))
+    chosen, level = (outputs.rows(found, bare, matched=matched) for matched in (False, True))
     tables = {
         "chosen on the validation half, measured on the test half": outputs.table(chosen),
         f"matched: keeps most among the trials that leak at most {args.match:g}": outputs.table(level),
+        **outputs.others(chosen, list(made.suites), [str(under) for under in made.treatments]),
         "cost of an edit": outputs.costs(found),
     }
     failed = outputs.failures(found)
@@ -59,6 +62,9 @@ def show(
         "once for a model (second moments, known facts) is not in time, FLOPs or tokens.",
         "Tokens seen: all that entered the model while it was edited, padding included, once for each pass.",
     ]
+    for suite in made.suites:
+        said = bare[BASE].get(beside(suite, "forget_quality")) or {}
+        notes += [f"{suite}, forget quality: {said['reason']}."] if said.get("reason") else []
     without = [runs.arm.name for runs in found if runs.matched is None]
     if without:
         notes.append(f"No trial leaks at most {args.match:g}: {', '.join(without)}.")
