@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,npo,grin --out runs/c
   editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,alphaedit,ga --trials 3 --seeds 3
-  editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,mine.yaml --budget wall:600"""
+  editunlearn compare --facts forget.jsonl --retain keep.jsonl --methods memit,mine.yaml --budget wall:600
+  editunlearn compare --model runs/taught --reference runs/never-knew --facts forget.jsonl --retain keep.jsonl \\
+    --methods memit,npo --suite quick --suite tofu:forget10 --under int4 --under relearn:5"""
 
 
 def flags() -> argparse.ArgumentParser:
@@ -49,12 +52,6 @@ def flags() -> argparse.ArgumentParser:
         help="what is measured: quick (the suite facts; default), facts:attacks, or others of evaluate; repeatable",
     )
     group.add_argument(
-        "--reference",
-        type=Path,
-        help="results, by evaluate, of a model that was never trained on the forget set, for the suite that compares "
-        "with one (tofu, muse); shown beside the methods",
-    )
-    group.add_argument(
         "--trials", type=int, default=1, help="settings that each method tries, the same number for all (default: 1)"
     )
     group.add_argument("--seeds", type=int, default=1, help="seeds of what is shown (default: 1)")
@@ -70,6 +67,19 @@ def flags() -> argparse.ArgumentParser:
         default=0.05,
         metavar="LEAK",
         help="the matched view shows of each method the trial that keeps most among those that leak so little (0.05)",
+    )
+    group.add_argument(
+        "--under",
+        action="append",
+        default=[],
+        metavar="TREATMENT",
+        help="ask what is shown once more after this was done to it, as for evaluate: int4, relearn:5, ...; repeatable",
+    )
+    group.add_argument(
+        "--reference",
+        metavar="MODEL|RESULTS",
+        help="a model that never knew (finetune --without), which is asked the same and held against every run; or "
+        "results of one by evaluate, for suites that compare with it",
     )
     group.add_argument(
         "--trained-on",
@@ -112,15 +122,16 @@ def _main(args: argparse.Namespace, console: Console) -> None:
         if args.fresh:
             here.by_first(lambda: planning.clear(args.out))
         queue = _queue(args, made, here, console)
-        base, found = schedule.run(queue, made.arms, here, console)
+        bare, found = schedule.run(queue, made.arms, here, console)
     if here.first:
-        showing.show(args, made, queue, base, found, console)
+        showing.show(args, made, queue, bare, found, console)
 
 
 def _queue(args: argparse.Namespace, made: Plan, among: Processes, console: Console) -> Queue:
     """The model loaded, the halves made, what the runs depend on collected; what is made for all, the first makes."""
     from editunlearn import __version__
     from editunlearn.artifacts import atomic_write_json
+    from editunlearn.comparing import gold
     from editunlearn.comparing.asking import Asking, requests
     from editunlearn.comparing.planning import REQUEST
     from editunlearn.comparing.queue import Queue
@@ -162,10 +173,14 @@ def _queue(args: argparse.Namespace, made: Plan, among: Processes, console: Cons
     }
     model = Path(lm.name).name if Path(lm.name).is_absolute() else lm.name
     about = {**inputs, "model": model, "environment": versions, "taught": content_hash([])}
-    asking = Asking(lm, halves, made.suites, made.facts_suite, about, console, made.references)
-    asking.check_references()
     inner = console if args.verbose else Console(quiet=True, silent=not among.first)
-    asking.console = inner
+    asking = Asking(lm, halves, made.suites, made.facts_suite, about, inner, made.treatments)
+    never = None
+    if (reference := made.reference) is not None:
+        console.info(f"the reference: {args.reference}")
+        never = among.by_first(lambda: gold.measured(reference, asking, args.out))
+        inputs["reference"] = never.sha
+        asking = replace(asking, references=never.measured, about={**about, "reference": never.sha})
     return Queue(
         lm=lm,
         out=args.out,
@@ -173,6 +188,7 @@ def _queue(args: argparse.Namespace, made: Plan, among: Processes, console: Cons
         retain=made.retain,
         how=made.how,
         asking=asking,
+        never=never.summary if never is not None else None,
         budget=made.budget,
         seeds=args.seeds,
         level=args.match,

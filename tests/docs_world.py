@@ -23,9 +23,10 @@ import tiny
 
 DOCS = sorted(runs.ROOT.glob("docs/**/*.md"))
 PAGES = [runs.ROOT / "README.md", runs.ROOT / "CONTRIBUTING.md", *DOCS]
-MODELS = (
-    "my/model my/chat-model my/tofu-llama me/tofu-llama big/model base merged runs/taught Qwen/Qwen3-0.6B".split()
-)  # what the pages call a user's model
+MODELS = (  # what the pages call a user's model
+    "my/model my/chat-model my/tofu-llama me/tofu-llama big/model base merged "
+    "runs/taught runs/never-knew Qwen/Qwen3-0.6B"
+).split()
 PROGRAMS = "editunlearn python pip pytest ruff mypy lint-imports mkdocs torchrun srun vllm hf".split()
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import benchmark_data
 import pytest
 from edits import Killed
 from runs import FACTS, RETAIN, Called, World, build, call, listing, write_lines
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from editunlearn.comparing.asking import Asking, requests, split
 from editunlearn.comparing.queue import Queue
+from editunlearn.comparing.retraining import PASSAGE, per_token
 from editunlearn.facts.readers import load_facts
 from editunlearn.facts.targets import DEFAULT_TARGETS
 
@@ -135,31 +135,12 @@ def test_over_budget_is_a_failure_and_can_be_retried(world: World, tmp_path: Pat
     assert "failed" in call("compare", *words, "--retry").out
 
 
-def test_methods_beside_a_model_that_never_knew(world: World, tmp_path: Path) -> None:
-    """Forget quality needs one; that of a model against itself is 1."""
-    benchmark_data.write(tmp_path / "data")
-    suite = ["--suite", "tofu:forget01", "--data-root", str(tmp_path / "data")]
-    gold = ["evaluate", "--model", str(world.model), "--cache-dir", str(world.cache), "--out", str(tmp_path / "gold")]
-    for limit, place in (([], "gold"), (["--limit", "1"], "less")):
-        assert call(*gold[:-1], str(tmp_path / place), *suite, *limit).code == 0
-    words = flags(world, tmp_path / "c", *suite, methods="grin")
-    other = call("compare", *words, "--reference", str(tmp_path / "less" / "base" / "tofu-forget01"))
-    assert other.code == 2 and "--reference: made on other data than this run" in other.err
-    reference = ["--reference", str(tmp_path / "gold" / "base" / "tofu-forget01")]
-    unasked = call("compare", *flags(world, tmp_path / "d", methods="grin"), *reference)
-    assert unasked.code == 2 and "results of the suite tofu:forget01, which is not asked for" in unasked.err
-    called = call("compare", *words, *reference, "--fresh", "--trained-on", "1e9")
+def test_cost_beside_training_anew(world: World, tmp_path: Path) -> None:
+    called = call("compare", *flags(world, tmp_path / "c", "--trained-on", "1e9", methods="grin"))
     assert called.code == 0, called.err
-    made = json.loads((tmp_path / "c" / "comparison.json").read_text())["methods"]["grin"]
-    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world.model).parameters())
-    times = 6 * size * 1e9 / made["costs"][0]["flops"]
+    cost = json.loads((tmp_path / "c" / "comparison.json").read_text())["methods"]["grin"]["costs"][0]
+    times = per_token(AutoConfig.from_pretrained(world.model), PASSAGE).trained * 1e9 / cost["flops"]
     assert f"| {times:.2g} times |" in (tmp_path / "c" / "comparison.md").read_text()
-    table = (tmp_path / "c" / "comparison.md").read_text().partition("## tofu:forget01, chosen trials")[2]
-    lines = dict(line.strip("| ").split(" | ", 1) for line in table.splitlines() if " | " in line)
-    assert lines["metric"].split(" | ")[0] == "base" and lines["metric"].split(" | ")[-1] == "reference"
-    quality, utility = (lines[name].split(" | ") for name in ("forget_quality", "model_utility"))
-    assert quality[0] == "1.000" and quality[-1] == "-" and utility[0] == utility[-1]
-    assert call("compare", *words).code == 2  # without the reference it is another comparison
 
 
 def test_dry_run(world: World, tmp_path: Path) -> None:

@@ -115,12 +115,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tokens += output.shape[:-1].numel()
 
 
-def training_flops(parameters: int, tokens: float) -> float:
-    """Floating-point operations of training a model anew: six for each of its numbers and each token that it sees
-    (https://arxiv.org/abs/2001.08361, section 2.1)."""
-    return 6.0 * parameters * tokens
-
-
 def reset_peak_memory() -> bool:
     """Let the peak of this process's memory begin anew; False where that cannot be done (only Linux and CUDA can)."""
     if torch.cuda.is_available():

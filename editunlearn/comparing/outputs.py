@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from editunlearn.comparing import views
-from editunlearn.comparing.asking import TEST
+from editunlearn.comparing import gold, views
+from editunlearn.comparing.asking import TEST, beside
 from editunlearn.comparing.queue import Cell
-from editunlearn.evaluation import results
 from editunlearn.evaluation.report import page, plots
 from editunlearn.evaluation.results import Value
 
@@ -27,8 +26,26 @@ COLUMNS = {
     "heldout.correct": "held out kept",
     "over_refusal": "wrongly refused",
     "perplexity": "perplexity",
+    "forget_likeness_ks": "KS to the reference",
 }
 """Numbers of the test half that the tables show, and their headings."""
+TREATED = {"forget.leak": "leak", "forget.refusal": "refused", "retain.correct": "retain kept"}
+"""The same of treated models."""
+SUITES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "tofu": {
+            "forget_quality": "forget quality",
+            "forget_quality_ks": "KS",
+            "model_utility": "model utility",
+            "forget.leak": "leak",
+            "forget.rouge_l": "ROUGE, forget",
+            "retain.rouge_l": "ROUGE, retain",
+            "real_authors.rouge_l": "ROUGE, real authors",
+            "world_facts.rouge_l": "ROUGE, world facts",
+        }
+    }
+)
+"""Of other suites; of one that is not named here, all numbers that are made of several parts."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +64,21 @@ class Row:
     front: bool = False
 
 
-def rows(found: Sequence[Runs], base: Mapping[str, Any], *, matched: bool) -> list[Row]:
-    """One view on the test half: the unedited model, then the methods that have a trial for it."""
-    made = [Row("base", None, "", _values([base]))]
+def rows(found: Sequence[Runs], bare: Mapping[str, Mapping[str, Any]], *, matched: bool) -> list[Row]:
+    """One view on the test half: models without an edit by name, then the methods that have a trial for it.
+
+    A reference is no point of the front: it is what forgetting is held against, not a way to forget.
+    """
+    made = [Row(name, None, "", _values([summary])) for name, summary in bare.items()]
     for runs in found:
         trial = runs.matched if matched else runs.chosen
         summaries = [summary for (number, _), summary in runs.test.items() if number == trial]
         if trial is not None and summaries:
             made.append(Row(runs.arm.name, trial, _setting(runs, trial), _values(summaries)))
-    places = [(row.values["leak"].value or 0.0, row.values["kept"].value or 0.0) for row in made]
-    return [replace(row, front=front) for row, front in zip(made, views.on_front(places), strict=True)]
+    places = {row.name: (row.values["leak"].value or 0.0, row.values["kept"].value or 0.0) for row in made}
+    places.pop(gold.FOLDER, None)
+    front = dict(zip(places, views.on_front(list(places.values())), strict=True))
+    return [replace(row, front=front.get(row.name, False)) for row in made]
 
 
 def _setting(runs: Runs, trial: int) -> str:
@@ -86,6 +108,23 @@ def table(made: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for row in made
     ]
     return columns, cells
+
+
+def others(
+    made: Sequence[Row], suites: Sequence[str], treatments: Sequence[str]
+) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """By title, tables of what was measured beside the test half: one for treated models, one for each suite."""
+    treated = {beside(t, n): f"{text}, {t}" for t in treatments for n, text in TREATED.items()}
+    found = {"the same after it was treated": treated} if treated else {}
+    for suite in suites:
+        start = beside(suite, "")
+        names = [n.removeprefix(start) for row in made for n in row.values if n.startswith(start)]
+        columns = SUITES.get(suite.partition(":")[0]) or {n: n for n in dict.fromkeys(names) if "." not in n}
+        found[suite] = {beside(suite, n): text for n, text in columns.items()}
+    return {
+        title: (["method", *columns.values()], [[row.name, *(cell(_of(row, n)) for n in columns)] for row in made])
+        for title, columns in found.items()
+    }
 
 
 def _of(row: Row, name: str) -> Value:
@@ -131,32 +170,6 @@ def _cost(every: Sequence[Cost]) -> Iterator[str]:
 def _times(every: Sequence[Cost], anew: float) -> str:
     flops = [cost.flops for cost in every if cost.flops and not cost.resumed]
     return f"{anew * len(flops) / sum(flops):.2g} times" if flops else "interrupted"
-
-
-def _shown(queue: Queue, found: Sequence[Runs]) -> dict[str, Path]:
-    """By method the folder of its chosen trial, seed 0."""
-    return {
-        runs.arm.name: queue.folder(Cell(runs.arm, runs.chosen))
-        for runs in found
-        if runs.chosen is not None and (runs.chosen, 0) in runs.test
-    }
-
-
-def benchmarks(queue: Queue, found: Sequence[Runs]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """By suite headings and cells of what another benchmark says: all numbers of its summary, by column the unedited
-    model, the chosen trial of each method (seed 0), and the model that never knew."""
-    made = {}
-    for name, place in queue.asking.folders.items():
-        states = {"base": queue.out / "base", **_shown(queue, found)}
-        summaries = {
-            label: results.load(folder / place / results.FILE)[0]["summary"] for label, folder in states.items()
-        }
-        if name in queue.asking.references:
-            summaries["reference"] = queue.asking.references[name].about["summary"]
-        metrics = dict.fromkeys(metric for summary in summaries.values() for metric in summary)
-        values = {m: [Value((s.get(m) or {}).get("value")) for s in summaries.values()] for m in metrics}
-        made[name] = (["metric", *summaries], [[m, *map(cell, row)] for m, row in values.items()])
-    return made
 
 
 def failures(found: Sequence[Runs]) -> list[list[str]]:
@@ -219,15 +232,16 @@ def pareto(found: Sequence[Runs], chosen: Sequence[Row]) -> str | None:
     return plots.pareto(marks)
 
 
-def html(queue: Queue, found: Sequence[Runs], title: str, svg: str | None, reference: Path | None) -> str:
-    """The report page, by suite: the unedited model, the chosen trial of every method (seed 0), who never knew."""
+def html(queue: Queue, found: Sequence[Runs], title: str, svg: str | None) -> str:
+    """The report page: the unedited model and the chosen trial of every method (seed 0) side by side, by suite."""
     from editunlearn.evaluation.report.gathering import gather
 
-    folders = list(_shown(queue, found).values())
-    places: list[Path] = [queue.out / "base" / TEST, *(folder / TEST for folder in folders)]
-    other = [folder / name for name in queue.asking.folders.values() for folder in (queue.out / "base", *folders)]
-    other += [] if reference is None else [reference]
-    sections = [page.section(suite, columns) for suite, columns in gather([*places, *other]).items()]
+    folders = [queue.folder(Cell(runs.arm, runs.chosen)) for runs in found if (runs.chosen, 0) in runs.test]  # type: ignore[arg-type]
+    bare = [queue.out / "base", *([queue.out / gold.FOLDER] if queue.never is not None else [])]
+    places = [folder / name for name in queue.asking.places(TEST).values() for folder in (*bare, *folders)]
+    sections = [
+        page.section(suite, columns) for suite, columns in gather([place for place in places if place.is_dir()]).items()
+    ]
     if svg:
         drawn = {"Forgotten against kept, by method": svg}
         sections[0] = replace(sections[0], plots={**drawn, **sections[0].plots})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ from editunlearn.cli import Checks, check_model, check_settings, check_writable,
 from editunlearn.errors import InputError
 
 if TYPE_CHECKING:
+    from editunlearn.comparing.gold import Reference
     from editunlearn.comparing.meter import Budget
     from editunlearn.comparing.sweep import Arm
     from editunlearn.console import Console
-    from editunlearn.evaluation.reference import Other
     from editunlearn.evaluation.suites import Module
+    from editunlearn.evaluation.treatments import Treatment
     from editunlearn.facts.records import Fact
 
 REQUEST = "request.json"
@@ -31,8 +32,9 @@ class Plan:
     Attributes:
         facts: with targets. how: what those came of.
         suites: other benchmarks, by name. facts_suite: the one that is asked in halves.
+        treatments: after which chosen runs are asked again.
+        reference: what they are held against, if anything.
         request: what the runs of ``--out`` have in common.
-        references: by suite, results of a model that never knew.
     """
 
     arms: list[Arm]
@@ -41,9 +43,10 @@ class Plan:
     budget: Budget
     facts_suite: tuple[str, Module]
     suites: dict[str, tuple[Module, Any]]
+    treatments: list[Treatment]
+    reference: Reference | None
     request: dict[str, Any]
     config: Any
-    references: Mapping[str, Other]
     how: str
 
 
@@ -53,13 +56,12 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     Raises:
         InputError: everything that is wrong.
     """
-    from editunlearn.comparing import sweep
+    from editunlearn.comparing import gold, sweep
     from editunlearn.comparing.meter import Budget
-    from editunlearn.evaluation.reference import load_others
+    from editunlearn.evaluation.treatments import parse
     from editunlearn.facts.records import content_hash
     from editunlearn.facts.targets import fill_targets, strategy
     from editunlearn.lm.loading import default_cache_dir
-    from editunlearn.workspace import key_of
 
     checks = Checks()
     config = checks.run(lambda: check_model(args))
@@ -83,9 +85,8 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
     if facts:
         checks.run(lambda: _divisible(args, facts, retain))
     own, others = checks.run(lambda: _suites(args, facts, retain)) or (None, {})
-    references = (
-        checks.run(lambda: load_others(args.reference, list(others), "--reference")) if args.reference else None
-    ) or {}
+    treatments = [t for text in args.under if (t := checks.run(lambda text=text: parse(text, 0)))]  # type: ignore[misc]
+    reference = checks.run(lambda: gold.named(args, others)) if args.reference else None
     checks.run(lambda: check_writable(args.out, "--out"))
     checks.run(lambda: check_writable(args.cache_dir or default_cache_dir(), "--cache-dir"))
     request = {
@@ -95,15 +96,15 @@ def plan(args: argparse.Namespace, console: Console) -> Plan:
         "targets": args.targets,
         "suite": args.suite or ["quick"],
         "budget": str(budget),
+        "under": [str(under) for under in treatments] or None,
+        "reference": args.reference,
     }
-    if references:
-        request["reference"] = key_of({name: other.about["summary"] for name, other in references.items()})
     if not args.fresh:
         checks.run(lambda: _check_out(args.out, request))
     checks.finish()
     assert budget is not None and own is not None  # noqa: S101 - finish() raised otherwise
     how = strategy(given or [], args.targets)
-    return Plan(arms, facts, retain, budget, own, others, request, config, references, how)
+    return Plan(arms, facts, retain, budget, own, others, treatments, reference, request, config, how)
 
 
 def _divisible(args: argparse.Namespace, facts: Sequence[Fact], retain: Sequence[Fact]) -> None:
@@ -160,7 +161,7 @@ def _check_out(out: Path, request: dict[str, Any]) -> None:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"--out {out}: is not empty, and no comparison made it. Choose another folder.")
         return
-    other = [name for name in {**there, **request} if there.get(name) != request.get(name)]
+    other = [name for name, value in request.items() if there.get(name) != value]
     if other:
         raise InputError(f"--out {out}: holds a comparison on other terms (other {', '.join(other)}). {ways}")
 

@@ -84,6 +84,7 @@ class Queue:
 
     Attributes:
         facts: with targets. how: what those came of. inputs: all that a run depends on beside its settings.
+        never: what a model that never knew gives on the test half; None: there is none, or it is not known.
         level: leak of the matched view. seeds: how many.
         retry: run again what has failed.
     """
@@ -94,6 +95,7 @@ class Queue:
     retain: Sequence[Fact]
     how: str
     asking: Asking
+    never: Mapping[str, Any] | None
     budget: Budget
     seeds: int
     level: float

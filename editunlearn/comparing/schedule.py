@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from editunlearn.comparing import views
+from editunlearn.comparing import gold, views
 from editunlearn.comparing.asking import TEST
 from editunlearn.comparing.queue import Cell, Cost, Queue
 from editunlearn.errors import InputError, NumericalError
+from editunlearn.evaluation.states import BASE
 
 if TYPE_CHECKING:
     from editunlearn.comparing.sweep import Arm
@@ -47,8 +48,9 @@ class Runs:
     costs: dict[tuple[int, int], Cost] = field(default_factory=dict)
 
 
-def run(queue: Queue, arms: Sequence[Arm], among: Processes, console: Console) -> tuple[dict[str, Any], list[Runs]]:
-    """The summary of the unedited model on the test half, and what came of each method; all processes get all of it.
+def run(queue: Queue, arms: Sequence[Arm], among: Processes, console: Console) -> tuple[dict[str, Record], list[Runs]]:
+    """Summaries of the models without an edit on the test half, by name (:data:`BASE` and, where there is one, the
+    reference), and what came of each method; all processes get all of it.
 
     Raises:
         Exception: what a run raised that says nothing about its method, when the other processes have made the rest.
@@ -75,7 +77,7 @@ def run(queue: Queue, arms: Sequence[Arm], among: Processes, console: Console) -
         tested = among.dealt("tests", tests, queue.record, bar.update)
     records = list(zip([*trials, *tests], [*tried, *tested], strict=True))
     found = [_of_method(arm, points[arm.name], records, queue.level) for arm in arms]
-    return dict(base[TEST]), found
+    return {BASE: base[TEST], **({gold.FOLDER: queue.never} if queue.never is not None else {})}, found
 
 
 def _tried(queue: Queue, cell: Cell) -> Record:

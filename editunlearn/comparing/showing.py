@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from editunlearn import estimate
 from editunlearn.artifacts import atomic_write_together, json_bytes
 from editunlearn.comparing import outputs
-from editunlearn.comparing.meter import training_flops
+from editunlearn.comparing.asking import beside
 from editunlearn.comparing.queue import Cell
+from editunlearn.comparing.retraining import PASSAGE, per_token
 from editunlearn.comparing.sweep import setting, strength
+from editunlearn.evaluation.states import BASE
 
 if TYPE_CHECKING:
     from editunlearn.comparing.planning import Plan
@@ -38,18 +40,17 @@ def dry_run(made: Plan, console: Console) -> None:
 
 
 def show(
-    args: argparse.Namespace, made: Plan, queue: Queue, base: dict[str, Any], found: list[Runs], console: Console
+    args: argparse.Namespace, made: Plan, queue: Queue, bare: dict[str, Any], found: list[Runs], console: Console
 ) -> None:
     """Tables, files, what to know, what to do next."""
-    size = sum(p.numel() for p in queue.lm.model.parameters())
-    anew = training_flops(size, args.trained_on) if args.trained_on else None
-    chosen, level = (outputs.rows(found, base, matched=matched) for matched in (False, True))
+    anew = per_token(made.config, PASSAGE).trained * args.trained_on if args.trained_on else None
+    chosen, level = (outputs.rows(found, bare, matched=matched) for matched in (False, True))
     tables = {
         "chosen on the validation half, measured on the test half": outputs.table(chosen),
         f"matched: keeps most among the trials that leak at most {args.match:g}": outputs.table(level),
+        **outputs.others(chosen, list(made.suites), [str(under) for under in made.treatments]),
         "cost of an edit": outputs.costs(found, anew),
     }
-    tables |= {f"{name}, chosen trials": table for name, table in outputs.benchmarks(queue, found).items()}
     failed = outputs.failures(found)
     if failed:
         tables["failed"] = (["method", "run", "why"], failed)
@@ -63,11 +64,16 @@ def show(
         "once for a model (second moments, known facts) is not in time, FLOPs or tokens.",
         "Tokens seen: all that entered the model while it was edited, padding included, once for each pass.",
     ]
+    for suite in made.suites:
+        said = bare[BASE].get(beside(suite, "forget_quality")) or {}
+        notes += [f"{suite}, forget quality: {said['reason']}."] if said.get("reason") else []
     without = [runs.arm.name for runs in found if runs.matched is None]
     if without:
         notes.append(f"No trial leaks at most {args.match:g}: {', '.join(without)}.")
     if anew is not None:
-        notes.append(f"Training anew: 6 x {size:,} weights x {args.trained_on:g} tokens = {anew:.3g} FLOPs.")
+        notes.append(
+            f"Training anew on {args.trained_on:g} tokens in passages of {PASSAGE:,}: {anew:.3g} FLOPs, counted."
+        )
     for note in notes:
         console.info(note)
     svg = outputs.pareto(found, chosen)
@@ -84,11 +90,10 @@ def show(
         found,
         {"chosen": chosen, "matched": level},
     )
-    title = f"{len(made.facts)} facts, {len(found)} methods"
     files = {
         "comparison.json": json_bytes(result),
         "comparison.md": outputs.markdown(tables, notes).encode(),
-        "report.html": outputs.html(queue, found, title, svg, args.reference).encode(),
+        "report.html": outputs.html(queue, found, f"{len(made.facts)} facts, {len(found)} methods", svg).encode(),
         **({"pareto.svg": svg.encode()} if svg else {}),
     }
     atomic_write_together({args.out / name: data for name, data in files.items()})

@@ -265,6 +265,22 @@ def check_chat(name: str, revision: str | None, chat: Chat) -> None:
     chat.check(_tokenizer(source, None, read_options(source, revision)), name)
 
 
+def without_weights(name: str, revision: str | None, chat: Chat) -> LM | None:
+    """What tells how texts become tokens: the tokenizer, and the model on the meta device; it cannot compute.
+
+    None for the demo and for GGUF files, whose tokenizers come with the converted weights.
+
+    Raises:
+        InputError: as :func:`load` before it reads weights.
+    """
+    source = resolve_source(name)
+    if source.kind in ("demo", "gguf"):
+        return None
+    model = meta_model(peek_config(name, revision, source=source))
+    words = _tokenizer(source, None, read_options(source, revision))
+    return LM(model, words, layout_of(model), name, revision, source.kind, chat=chat)
+
+
 def asked_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """None for ``auto``, and where weights are rounded."""
     named = isinstance(dtype, str)  # torch.int8 is no way to load a model

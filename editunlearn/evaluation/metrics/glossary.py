@@ -32,6 +32,7 @@ _OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "knowmem": "rouge_l",
         "verbmem": "rouge_l",
         "forget_quality_ks": "forget_quality",
+        "forget_likeness_ks": "forget_likeness",
         "success": "exact_memorization",
         "auc": "membership_auc",
         "retain_truth_ratio": "utility_truth_ratio",
@@ -57,6 +58,7 @@ _BOTH = ("relations.", "unknown.", "taught.")
 _TURNED: Mapping[str, str] = MappingProxyType(
     {
         "forget_quality_ks": "lower",
+        "forget_likeness_ks": "lower",
         **dict.fromkeys(("unlearn_success", "unlearn_prefixed_success"), "higher"),
         **dict.fromkeys(("retention_perplexity", "retention_prefixed_perplexity"), "lower"),
         **dict.fromkeys(("toxicity", "toxic"), "lower"),

@@ -71,6 +71,15 @@ DEFINITIONS = (
         "TOFU",
         "depends on the number of items: compare the statistic, or the p-value at equal n.",
     ),
+    Definition(
+        "forget_likeness",
+        "higher",
+        0,
+        1,
+        "as forget_quality, of the true answers' probabilities instead of truth ratios",
+        "",
+        "a refusal is as unlike a model that never knew as an answer is: that one guesses.",
+    ),
 )
 
 Mean = Literal["geometric", "arithmetic"]

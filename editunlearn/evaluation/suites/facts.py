@@ -17,6 +17,7 @@ from torch import Tensor
 from editunlearn.errors import InputError
 from editunlearn.evaluation.attacks.prompting import ATTACKS, NOT_ASKED, Variant
 from editunlearn.evaluation.attacks.splitting import split_subject
+from editunlearn.evaluation.metrics import likelihood
 from editunlearn.evaluation.probes import Decoding, Probe
 from editunlearn.evaluation.results import Item, Measured, Value
 from editunlearn.evaluation.scoring import DISTRACTION, MARGIN, NEW_TOKENS
@@ -203,8 +204,9 @@ def _editing(measured: Measured) -> dict[str, Value]:
     return editing_totals(named, teacher_forced="exact_memorization", kept="correct")
 
 
-def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:  # noqa: ARG001 - as all suites
-    """Short names for what is asked most, what each attack brought back, and perplexity."""
+def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]:
+    """Short names for what is asked most, what each attack brought back, perplexity, and how like a model that never
+    knew this one is."""
     if UNKNOWN in measured.parts:
         return {}
     found: dict[str, Value] = {
@@ -223,4 +225,18 @@ def totals(measured: Measured, reference: Measured | None) -> dict[str, Value]: 
         found[f"{part}_recovered"] = Value.mean(list(by_fact.values()), reason)
     if "text" in measured.parts:
         found["perplexity"] = Value.perplexity(measured.values("text", "nll"), measured.values("text", "tokens"))
+    if reference is not None:
+        found |= _likeness(measured, reference)
     return found
+
+
+def _likeness(measured: Measured, reference: Measured) -> dict[str, Value]:
+    """The Kolmogorov-Smirnov test of :func:`likelihood.forget_quality`, of probabilities where facts have no wrong
+    answers to make truth ratios of."""
+    ours, never = (of.values("forget", "answer_probability") for of in (measured, reference))
+    names = ("forget_likeness", "forget_likeness_ks")
+    if not ours or len(ours) != len(never):
+        return dict.fromkeys(names, Value(None, reason=f"{len(ours)} items here, {len(never)} in the reference"))
+    test = likelihood.forget_quality(ours, never)
+    note = f"p-value, n = {test.items} against {test.reference_items}"
+    return dict(zip(names, (Value(test.p_value, items=test.items, reason=note), Value(test.statistic)), strict=True))
