@@ -117,7 +117,7 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, script: str) -> dict[st
     if not args.all:
         facts = [fact for fact, knows in zip(facts, known_by(lm, facts, cache), strict=True) if knows]
     most = max(cell.facts for cell in cells)
-    forget, retain, heldout = _split(facts, (0 if args.forget else most, args.retain, args.heldout), args.seed)
+    forget, retain, heldout = split(facts, (0 if args.forget else most, args.retain, args.heldout), args.seed)
     if args.forget:
         forget = load_facts(args.forget)
     text = quality.wikitext(args.text, lm)
@@ -159,7 +159,7 @@ def run(cells: Sequence[Cell], args: argparse.Namespace, script: str) -> dict[st
     return done
 
 
-def _split(facts: list[Fact], sizes: tuple[int, int, int], seed: int) -> tuple[list[Fact], list[Fact], list[Fact]]:
+def split(facts: list[Fact], sizes: tuple[int, int, int], seed: int) -> tuple[list[Fact], list[Fact], list[Fact]]:
     """Forget, retain and held-out facts, no subject in two of them; facts about one subject stand together, so that
     of many questions about few subjects the first so many are about as few as can be."""
     subjects = sorted({fact.subject for fact in facts})
