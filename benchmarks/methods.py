@@ -1,15 +1,15 @@
-"""Every editor and every unlearner on equal terms, on knowledge that was just taught and on what the model came with.
+"""Every editor and every unlearner on the same facts, with the same columns: facts just taught, or known all along.
 
-    python benchmarks/methods.py tofu --data tofu --work runs/tofu --out benchmarks/results/methods_tofu.json
-    python benchmarks/methods.py known --facts known_facts.json --work runs/known \\
-        --out benchmarks/results/methods_known.json
+    python benchmarks/methods.py tofu_mini --data tofu --out benchmarks/results/tofu_mini.json
+    python benchmarks/methods.py known --data known_facts.json --out benchmarks/results/known_40.json
 
-``tofu``: the model is taught 20 made-up authors (TOFU's forget10) and forgets two of them (forget01); forget quality is
-against a model that was taught the other 18. ``known``: it forgets facts that it answers by itself. Either way
-``compare`` gives each method the same facts, retain set and number of trials, and what it chooses is rounded to 4 bits
-and relearned. All steps are commands of the package with folders in --work; the command goes on where it was
-interrupted, and more ``--methods`` can be added later. With the demo model on two CPU cores the two models of ``tofu``
-take about half an hour each, a method 5 to 30 minutes.
+``tofu_mini`` teaches the model 20 authors of TOFU (``--data``: its folder) and another model all but the last two,
+makes it forget these two, and holds every method against the model that never knew. ``known`` forgets 40 facts that
+the model answers at top-1. Killed, the same command goes on. ``--methods`` takes some of them: what several commands
+found gathers in ``--out``, as long as they ask the same.
+
+On two cores with the demo model, by counted operations (``compare --dry-run``, 0.3 TFLOP a second): teaching 25 minutes
+a model, an editor 10 minutes, an unlearner 2, asking each 3 to 5; all of them 5 to 6 hours, ``known`` 4.
 """
 
 from __future__ import annotations
@@ -21,245 +21,245 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from editunlearn.artifacts import atomic_write_json, atomic_write_text
-from editunlearn.comparing.sweep import Arm
+import grid
+import mini
+
+from editunlearn.__main__ import main as editunlearn
+from editunlearn.artifacts import atomic_write_json, atomic_write_text, cached_json
 from editunlearn.resources import shipped_names
 
-SUITE = "tofu:forget01"
-TREATMENTS = ("int4", "relearn:5")
-COLUMNS = {
-    "forget quality": (SUITE, "forget_quality"),
-    "KS": (SUITE, "forget_quality_ks"),
-    "utility": (SUITE, "model_utility"),
-    "forget ROUGE-L": (SUITE, "forget.rouge_l"),
-    "world facts": (SUITE, "world_facts.rouge_l"),
-    "leak": ("facts", "forget.leak"),
-    "refused": ("facts", "forget.refusal"),
-    "leak, paraphrases": ("facts", "paraphrases.leak"),
-    "leak, distracted": ("facts", "distracted.leak"),
-    "retain": ("facts", "retain.correct"),
-    "held out": ("facts", "heldout.correct"),
-    "perplexity": ("facts", "perplexity"),
-    "leak, 4 bits": ("facts-int4", "forget.leak"),
-    "retain, 4 bits": ("facts-int4", "retain.correct"),
-    "leak, relearned": ("facts-relearn", "forget.leak"),
-}
-"""Of the table: where a number is from, and its name there."""
+GROUP = 6
+"""Methods of one comparison, after which what was found is written."""
+LEFT_OUT: Mapping[str, str] = MappingProxyType(
+    {
+        "anyedit": "MEMIT with long targets in chunks; a refusal is one chunk, so that it is `memit`",
+        "rome": "one fact at a time; `r_rome` is the same with a consistent key",
+    }
+)
+"""Shipped methods that have no row of their own, and why."""
+UNDER = ("int4", "relearn:5:0.0001")
+TOFU = "tofu:forget01 "
+COLUMNS: Mapping[str, str] = MappingProxyType(
+    {
+        "forget.leak": "leak",
+        "forget.refusal": "refused",
+        "distracted.leak": "leak, distracted",
+        "paraphrases.leak": "leak, paraphrases",
+        "retain.correct": "retain kept",
+        "heldout.correct": "held out kept",
+        "over_refusal": "wrongly refused",
+        "perplexity": "perplexity",
+        f"{UNDER[0]} forget.leak": "leak, 4 bits",
+        f"{UNDER[0]} forget.refusal": "refused, 4 bits",
+        f"{UNDER[1]} forget.leak": "leak, relearned",
+        f"{TOFU}forget_quality": "forget quality (p)",
+        f"{TOFU}forget_quality_ks": "KS",
+        f"{TOFU}model_utility": "model utility",
+        f"{TOFU}forget.rouge_l": "ROUGE, forgotten",
+        f"{TOFU}retain.rouge_l": "ROUGE, other authors",
+        f"{TOFU}real_authors.rouge_l": "ROUGE, real authors",
+        f"{TOFU}world_facts.rouge_l": "ROUGE, world facts",
+    }
+)
+"""What the table shows of the test half of each comparison; what was not measured in any row is left out."""
+COSTS = ("seconds", "peak GB", "FLOPs", "tokens", "weights changed", "cheaper than pretraining")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is forgotten by what model.
+class Asked:
+    """What a setting asks ``compare``.
 
     Attributes:
-        more: flags of ``compare`` and ``evaluate`` for other benchmarks. reference: results of who never knew.
+        flags: that say so, without methods.
+        facts, retain: how many. taught: what ``finetune`` recorded of the model and of the reference.
     """
 
-    model: str
-    facts: Path
-    retain: Path
-    more: tuple[str, ...] = ()
-    reference: Path | None = None
+    flags: list[str]
+    sizes: dict[str, int]
+    taught: dict[str, Any]
 
 
-def shipped() -> list[str]:
-    """All tuned settings that come with the package; beside localised ones compare puts a random mask."""
-    names = (name.removesuffix(".yaml") for name in shipped_names("hparams"))
-    return [name for name in names if not name.startswith("paper/")]
-
-
-def call(main: Callable[[Sequence[str]], int], *words: str | Path) -> None:
-    """One command; ends this one where it fails."""
-    code = main([str(word) for word in words])
-    if code != 0:
+def command(*words: str) -> None:
+    """One of our commands, in this process; it ends everything if it fails."""
+    code = editunlearn(list(words))
+    if code:
         raise SystemExit(code)
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON file, or of one with a record a line."""
-    from editunlearn.facts.sources import read_rows
-
-    return [dict(row.data) for row in read_rows(path).rows]
-
-
-def write(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    """A record a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def tofu(args: argparse.Namespace) -> Setting:
-    """Two models are taught, and who never knew is measured."""
-    from editunlearn import evaluate, finetune
-
-    work, data = args.work, args.work / "data" / "TOFU"
-    everything = rows(args.data / "forget10_perturbed.json")
-    gone = {record["question"] for record in rows(args.data / "forget01.json")}
-    facts = write(work / "all.jsonl", everything)
-    forget = write(work / "forget.jsonl", [r for r in everything if r["question"] in gone])
-    stay = [r for r in everything if r["question"] not in gone]
-    retain = write(work / "retain.jsonl", stay)
-    every = max(1, len(stay) // args.asked)
-    write(data / "retain_perturbed.jsonl", stay[::every])  # of those that were taught
-    for name in ("forget01_perturbed", "real_authors_perturbed", "world_facts_perturbed", "holdout01"):
-        write(data / f"{name}.jsonl", rows(args.data / f"{name}.json"))
-    taught, gold = work / "taught", work / "never-knew"
-    teach = ("--model", args.model, "--facts", facts, "--epochs", str(args.epochs))
-    call(finetune.main, *teach, "--out", taught)
-    call(finetune.main, *teach, "--without", forget, "--out", gold)
-    suite = ("--suite", SUITE, "--data-root", data.parent)
-    own = ("--facts", forget, "--retain", retain)
-    call(evaluate.main, "--model", gold, *suite, "--suite", "facts", *own, "--out", work / "measured" / "never-knew")
-    reference = work / "measured" / "never-knew" / "base" / SUITE.replace(":", "-")
-    return Setting(str(taught), forget, retain, tuple(map(str, suite)), reference)
+def tofu_mini(args: argparse.Namespace) -> Asked:
+    """Teach both models, unless that was done."""
+    work: Path = args.work
+    sizes = mini.write(args.data, work / "data", args.authors, args.questions, args.shown, args.others)
+    files = {name: str(work / "data" / f"{name}.jsonl") for name in ("taught", "forget", "retain")}
+    given = [word for name in ("epochs", "lr", "batch") if (v := getattr(args, name)) for word in (f"--{name}", str(v))]
+    made = {}
+    for name, less in (("taught", []), ("never-knew", ["--without", files["forget"]])):
+        words = ["--model", args.model, "--facts", files["taught"], *less, *given, *_cache(args)]
+        command("finetune", *words, "--out", str(work / name), "--quiet")
+        record = json.loads((work / name / "taught.json").read_text())
+        made[name] = {key: record[key] for key in ("facts", "seconds", "known")}
+    flags = ["--model", str(work / "taught"), "--reference", str(work / "never-knew")]
+    flags += ["--facts", files["forget"], "--retain", files["retain"], "--data-root", str(work / "data")]
+    return Asked([*flags, "--suite", "quick", "--suite", TOFU.strip()], sizes, made)
 
 
-def known(args: argparse.Namespace) -> Setting:
-    """Facts that the model answers at top-1, some to forget and some to retain."""
-    import grid
-
+def known(args: argparse.Namespace) -> Asked:
+    """Facts that the model answers at top-1, some to forget and some to keep, no subject in both."""
     from editunlearn.facts.readers import load_facts
     from editunlearn.general import known_by
     from editunlearn.lm.loading import default_cache_dir, load
 
-    facts = load_facts(args.facts)
-    knows = known_by(load(args.model), facts, default_cache_dir())
-    facts = [fact for fact, yes in zip(facts, knows, strict=True) if yes]
-    parts = grid.split(facts, (args.forget, args.retain), args.seed)
-    files = [
-        write(
-            args.work / f"{name}.jsonl", [{"prompt": f.prompt, "subject": f.subject, "answer": f.answer} for f in part]
-        )
-        for name, part in zip(("forget", "retain"), parts, strict=False)
-    ]
-    return Setting(args.model, *files)
+    files = {name: args.work / "data" / f"{name}.jsonl" for name in ("forget", "retain")}
+    if not all(file.is_file() for file in files.values()):
+        facts = load_facts(args.data)
+        told = known_by(load(args.model), facts, args.cache_dir or default_cache_dir())
+        mine = [fact for fact, knows in zip(facts, told, strict=True) if knows]
+        forget, retain, _ = grid.split(mine, (args.facts, args.retain, 0), args.seed)
+        for name, rows in (("forget", forget), ("retain", retain)):
+            mini.write_lines(files[name], [mini.record(fact) for fact in rows])
+    sizes = {name: len(file.read_text().splitlines()) for name, file in files.items()}
+    flags = ["--model", args.model, "--facts", str(files["forget"]), "--retain", str(files["retain"])]
+    return Asked([*flags, "--suite", "quick"], sizes, {})
 
 
-def compared(args: argparse.Namespace, made: Setting) -> dict[str, Any]:
-    """All methods, and what of each is chosen."""
-    from editunlearn import compare
-
-    words: list[str | Path] = ["--model", made.model, "--facts", made.facts, "--retain", made.retain]
-    words += ["--suite", "quick", *made.more, "--methods", ",".join(args.methods), "--trials", str(args.trials)]
-    words += ["--reference", made.reference] if made.reference else []
-    words += ["--trained-on", str(args.trained_on)] if args.trained_on else []
-    call(compare.main, *words, "--out", args.work / "compare")
-    found: dict[str, Any] = json.loads((args.work / "compare" / "comparison.json").read_text())["methods"]
-    return found
+SETTINGS: Mapping[str, Callable[[argparse.Namespace], Asked]] = MappingProxyType(
+    {"tofu_mini": tofu_mini, "known": known}
+)
 
 
-def attacked(args: argparse.Namespace, made: Setting, name: str, delta: Path | None) -> Path:
-    """All facts asked of one state, as it is, in 4 bits and relearned; the folder of the results."""
-    from editunlearn import evaluate
-
-    out = args.work / "measured" / name.replace("/", "-")
-    words: list[str | Path] = [
-        "--model",
-        made.model,
-        "--suite",
-        "facts",
-        "--facts",
-        made.facts,
-        "--retain",
-        made.retain,
-    ]
-    words += [] if delta is None else ["--delta", delta]
-    for treatment in TREATMENTS:
-        words += ["--under", treatment]
-    call(evaluate.main, *words, "--out", out)
-    return out
+def names() -> list[str]:
+    """Shipped hparams but those of papers and those left out: every registered method, and the seven."""
+    found = [name.removesuffix(".yaml") for name in shipped_names("hparams")]
+    return [name for name in found if not name.startswith("paper/") and name not in LEFT_OUT]
 
 
-def row(name: str, folders: Sequence[Path], cost: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Numbers of one state, from all results below some folders."""
-    values: dict[str, Any] = {}
-    for file in (f for folder in folders for f in sorted(folder.rglob("results.json"))):
-        found = json.loads(file.read_text())
-        if "suite" in found and found.get("half") is None:
-            place = "-".join(filter(None, (found["suite"], (found.get("under") or "").partition(":")[0])))
-            values |= {
-                column: (found["summary"].get(metric) or {}).get("value")
-                for column, (where, metric) in COLUMNS.items()
-                if where == place
-            }
-    return {"name": name, "values": values, "cost": cost}
+def _cache(args: argparse.Namespace) -> list[str]:
+    return ["--cache-dir", str(args.cache_dir)] if args.cache_dir else []
 
 
-def table(done: Mapping[str, Any]) -> str:
-    """Markdown: commands, then a row for each state."""
-    env = ", ".join(f"{k} {v}" for k, v in done["environment"].items())
-    columns = [c for c in COLUMNS if any(r["values"].get(c) is not None for r in done["rows"])]
-    lines = [*(f"    {c}" for c in done["commands"]), "", env, ""]
-    lines += ["| " + " | ".join(("method", *columns, "seconds", "FLOPs", "weights changed")) + " |"]
-    lines += ["|---" * (len(columns) + 4) + "|"]
-    for r in done["rows"]:
-        cells = [_shown(r["values"].get(c)) for c in columns]
-        cost = r["cost"] or {}
-        cells += [_shown(cost.get(name)) for name in ("seconds", "flops", "changed")]
-        lines.append("| " + " | ".join((r["name"], *cells)) + " |")
-    failed = [f"- {name}: {why}" for name, why in done["failed"].items()]
-    return "\n".join([*lines, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def flags() -> argparse.ArgumentParser:
+    """What the command line understands."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("setting", choices=SETTINGS)
+    p.add_argument("--data", type=Path, required=True, help="TOFU's folder (full.json, ...), or a file of facts")
+    p.add_argument("--out", type=Path, required=True, help="JSON; the table goes beside it")
+    p.add_argument("--work", type=Path, help="folder of models and runs (default: runs/SETTING)")
+    p.add_argument("--model", default="demo")
+    p.add_argument("--cache-dir", type=Path)
+    p.add_argument("--methods", nargs="+", help="only these (default: all)")
+    p.add_argument("--trials", type=int, default=1)
+    p.add_argument("--seeds", type=int, default=1)
+    p.add_argument(
+        "--pretraining", type=float, default=6e12, help="tokens of the model's pretraining (the demo's: 6e12)"
+    )
+    group = p.add_argument_group("tofu_mini")
+    group.add_argument("--authors", type=int, default=18, help="authors that stay, beside the two that are forgotten")
+    group.add_argument("--questions", type=int, default=20, help="questions an author")
+    group.add_argument("--shown", type=int, default=6, help="authors that stay and are given to the methods as such")
+    group.add_argument("--others", type=int, default=30, help="questions about other authors, real ones, the world")
+    group.add_argument("--epochs", type=int)
+    group.add_argument("--lr", type=float)
+    group.add_argument("--batch", type=int)
+    group = p.add_argument_group("known")
+    group.add_argument("--facts", type=int, default=40, help="to forget")
+    group.add_argument("--retain", type=int, default=40, help="given as such")
+    group.add_argument("--seed", type=int, default=1, help="of the draw")
+    return p
 
 
 def main() -> None:
-    """One setting."""
+    """Prepare, compare group by group, gather."""
+    args = flags().parse_args()
+    args.work = args.work or Path("runs") / args.setting
+    asked = SETTINGS[args.setting](args)
+    wanted: Sequence[str] = args.methods or names()
+    terms = ["--trials", str(args.trials), "--seeds", str(args.seeds), *(w for u in UNDER for w in ("--under", u))]
+    for start in range(0, len(wanted), GROUP):
+        some = ",".join(wanted[start : start + GROUP])
+        out = args.work / "compare"
+        command("compare", *asked.flags, *terms, *_cache(args), "--methods", some, "--out", str(out), "--quiet")
+        gathered = gather(args, asked, json.loads((out / "comparison.json").read_text()))
+        atomic_write_json(args.out, gathered)
+        atomic_write_text(args.out.with_suffix(".md"), table(gathered))
+    sys.stdout.write(args.out.with_suffix(".md").read_text())
+
+
+def gather(args: argparse.Namespace, asked: Asked, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--out`` has and what a comparison found, one dictionary.
+
+    Raises:
+        SystemExit: they did not ask the same.
+    """
     from editunlearn.pipeline import environment
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", default="demo")
-    common.add_argument("--methods", nargs="+", default=shipped())
-    common.add_argument("--trials", type=int, default=1)
-    common.add_argument("--trained-on", type=float, help="tokens; of Gemma-3-270M its makers say 6e12")
-    common.add_argument("--work", type=Path, required=True)
-    common.add_argument("--out", type=Path, required=True)
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings = p.add_subparsers(dest="setting", required=True)
-    one = settings.add_parser("tofu", parents=[common])
-    one.add_argument("--data", type=Path, required=True, help="folder with TOFU's files")
-    one.add_argument("--epochs", type=int, default=10)
-    one.add_argument("--asked", type=int, default=60, help="questions about the authors that stay, for the utility")
-    one.set_defaults(make=tofu)
-    other = settings.add_parser("known", parents=[common])
-    other.add_argument("--facts", type=Path, required=True)
-    other.add_argument("--forget", type=int, default=40)
-    other.add_argument("--retain", type=int, default=40)
-    other.add_argument("--seed", type=int, default=0)
-    other.set_defaults(make=known)
-    args = p.parse_args()
-    made = args.make(args)
-    there = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    command = shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]])
-    commands = [*(c for c in there.get("commands", []) if c != command), command]
-    args.methods = list(dict.fromkeys([*there.get("methods", []), *args.methods]))
-    found = compared(args, made)
+    told = ("facts", "retain", "targets", "suite", "under", "trials", "seeds", "dtype")
+    terms = {"setting": args.setting, "model": args.model, **{key: found["request"][key] for key in told}}
+    there: dict[str, Any] = cached_json(args.out, dict) or {"terms": terms, "commands": [], "rows": {}, "failed": {}}
+    other = [key for key, value in terms.items() if there["terms"].get(key) != value]
+    if other:
+        raise SystemExit(f"{args.out}: was asked otherwise (other {', '.join(other)}). Give another --out.")
+    line = {"command": shlex.join(["python", "benchmarks/methods.py", *sys.argv[1:]]), **environment()}
+    there["commands"] = [*(c for c in there["commands"] if c != line), line]
+    there |= {"sizes": asked.sizes, "taught": asked.taught, "left_out": dict(LEFT_OUT)}
+    for row in found["views"]["chosen"]:
+        values = {name: value["value"] for name, value in row["values"].items() if value["value"] is not None}
+        notes = {name: v["reason"] for name, v in row["values"].items() if v["value"] is None and v["reason"]}
+        one = {"setting": row["setting"], "values": values, "not_measured": notes}
+        method = found["methods"].get(row["name"])
+        if method is not None:
+            costs = [cost for cost in method["costs"] if cost["trial"] == method["chosen"]]
+            one["cost"] = {**costs[0], "cheaper": _cheaper(args, costs[0]["flops"])}
+        there["rows"][row["name"]] = one
+    there["failed"] |= {name: m["failed"] for name, m in found["methods"].items() if m["failed"]}
+    return there
 
-    def others(folder: Path) -> list[Path]:
-        return [] if made.reference is None else [folder / made.reference.name]
 
-    states = [row("unedited", [attacked(args, made, "base", None), *others(args.work / "compare" / "base")])]
-    if made.reference is not None:
-        states.append(row("never knew", [made.reference.parent]))
-    failed = {}
-    for name, method in found.items():
-        if method["chosen"] is None:
-            failed[name] = "; ".join(dict.fromkeys(method["failed"].values()))
-            continue
-        best = f"trial{method['chosen']}-seed0"
-        folder = args.work / "compare" / "runs" / Arm(name, ()).folder / best
-        cost = next(c for c in method["costs"] if (c["trial"], c["seed"]) == (method["chosen"], 0))
-        states.append(row(name, [attacked(args, made, name, folder), *others(folder)], cost))
-    done = {"commands": commands, "environment": dict(environment()), "methods": args.methods}
-    done |= {"rows": states, "failed": failed}
-    atomic_write_json(args.out, done)
-    atomic_write_text(args.out.with_suffix(".md"), table(done))
-    sys.stdout.write(table(done))
+def _cheaper(args: argparse.Namespace, flops: float) -> float:
+    """How many times more operations the model's pretraining takes, in passages of 512 tokens."""
+    from editunlearn.comparing.retraining import per_token
+    from editunlearn.lm.sources import peek_config
+
+    return float(args.pretraining * per_token(peek_config(args.model), 512).trained / flops)
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: what is left of the facts and of the rest, then what it took, then what failed."""
+    shown = {n: text for n, text in COLUMNS.items() if any(n in row["values"] for row in found["rows"].values())}
+    lines = [f"    {one['command']}" for one in found["commands"]]
+    env = {key: value for key, value in found["commands"][-1].items() if key != "command"}
+    lines += ["", ", ".join(f"{key} {value}" for key, value in env.items()), ""]
+    lines += [", ".join(f"{name}: {count}" for name, count in found["sizes"].items()) + ".", ""]
+    lines += [_taught(name, one) for name, one in found["taught"].items()]
+    lines += ["", *_markdown(["method", *shown.values()], [[n, *_cells(r, shown)] for n, r in found["rows"].items()])]
+    costs = [[name, *_cost(row["cost"])] for name, row in found["rows"].items() if "cost" in row]
+    lines += ["", *_markdown(["method", *COSTS], costs), ""]
+    lines += [f"- {n}, {run}, failed: {why}" for n, runs in found["failed"].items() for run, why in runs.items()]
+    lines += [f"- {name} is left out: {why}." for name, why in found["left_out"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _taught(name: str, one: Mapping[str, Any]) -> str:
+    after = one["known"]["answered"]["after"]
+    return f"- `{name}`: {one['facts']} facts taught in {one['seconds']:.0f} s, {after:.1%} of them answered.\n"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def _cells(row: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    values = row["values"]
+    return [f"{values[name]:.3g}" if name in values else "-" for name in names]
+
+
+def _cost(cost: Mapping[str, Any]) -> list[str]:
+    memory = f"{cost['memory'] / 1e9:.2f}" if cost["memory"] is not None else "-"
+    spent = f"{cost['seconds']:.0f}" + (" (resumed)" if cost["resumed"] else "")
+    counted = [f"{cost['flops']:.3g}", f"{cost['tokens']:,}", f"{cost['changed']:.3%}", f"{cost['cheaper']:.2g} times"]
+    return [spent, memory, *counted]
 
 
 if __name__ == "__main__":
